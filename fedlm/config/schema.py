@@ -1,0 +1,216 @@
+"""One experiment as frozen, typed dataclasses: the sections and keys of the TOML file, with defaults and ranges.
+
+Every field carries its allowed range or choices and one sentence of help in its metadata; `fedlm config show` prints
+them, `fedlm.config.load` enforces them. The defaults are the default job of `fedlm simulate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+_UNSET: Any = object()
+
+
+def option(
+    default: Any = _UNSET,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    factory: Any = None,
+) -> Any:
+    """Return a dataclass field with its help and its range: `low`/`high` are inclusive, `above` is exclusive."""
+    metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Whose text trains, whose is public, whose is held out."""
+
+    corpus: str = option(
+        "chitchat",
+        "chitchat, synthetic, a users.jsonl[.xz] file, a text file, hf:NAME, or pkg.mod:function",
+    )
+    split_by: str = option("article", "how a plain text file becomes users", choices=("article", "line"))
+    max_tokens_per_user: int = option(1600, "longer users are cut here", low=2)
+    sequence_length: int = option(32, "tokens in one training sequence", low=2, high=4096)
+    public_fraction: float = option(0.15, "users who publish their text; the base is trained on it", low=0, high=0.9)
+    eval_fraction: float = option(0.1, "users held out, when the corpus has no split of its own", low=0, high=0.9)
+    max_eval_tokens: int = option(20_000, "held-out tokens scored at each evaluation", low=1)
+    cache_dir: str = option("", "parsed corpora and bases; empty: the user cache folder of this system")
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The corpus with known entropies (data.corpus = "synthetic")."""
+
+    users: int = option(1000, "number of users", low=2)
+    tokens_per_user: int = option(400, "words each user writes", low=2)
+    classes: int = option(512, "word classes", low=2)
+    persistence: float = option(0.85, "lambda: weight of the class transition against the Zipf marginal", low=0, high=1)
+    temperature: float = option(3.0, "spread of the random class affinities", above=0)
+    concentration: float = option(8.0, "kappa: Dirichlet concentration of a user's class mixture", above=0)
+    zipf_exponent: float = option(1.07, "exponent of the Zipf-Mandelbrot law", above=0)
+    zipf_shift: float = option(2.7, "shift of the Zipf-Mandelbrot law", low=0)
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """The public vocabulary and its public frequencies."""
+
+    source: str = option("wordfreq", "wordfreq, a tokenizer.json file, or model (the pretrained model's own)")
+    size: int = option(30_000, "entries, special ones included", low=16, high=2_000_000)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model."""
+
+    name: str = option("transformer", "transformer, lstm, or a Hugging Face folder or GGUF file")
+    d_model: int = option(192, "width", low=8, high=8192)
+    num_layers: int = option(3, "layers", low=1, high=128)
+    num_heads: int = option(4, "attention heads (transformer)", low=1, high=128)
+    d_ff: int = option(0, "feed-forward width (transformer); 0: four times d_model", low=0)
+    d_hidden: int = option(0, "hidden width (lstm); 0: d_model", low=0)
+    dropout: float = option(0.0, "dropout in local training", low=0, high=0.9)
+    tied: bool = option(True, "input and output embedding are one table")
+    base: str = option("pretrain", "pretrain (trained once on the public users, cached), random, or a base folder")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Central training of the public base."""
+
+    corpus: str = option("public", "public (the volunteers of data.corpus), or a text or users.jsonl[.xz] file")
+    epochs: int = option(4, "passes over the public text", low=1)
+    batch_size: int = option(32, "sequences in a batch", low=1)
+    learning_rate: float = option(2e-3, "AdamW, with a linear warm-up and a cosine decay", above=0)
+    weight_decay: float = option(0.05, "AdamW, on matrices", low=0)
+    negatives: int = option(2048, "negatives of the sampled softmax, shared by a batch", low=1)
+    max_seconds: float = option(600.0, "give up with an error beyond this", above=0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters; rank 0 means none."""
+
+    rank: int = option(8, "rank; 0: no adapters", low=0, high=1024)
+    alpha: float = option(16.0, "the product is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = option(
+        ("attention", "mlp"), "attention, mlp, recurrent, or names of linear modules"
+    )
+    freeze_a: bool = option(False, "FFA-LoRA: only B trains and travels")
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Partial Embedding Updates; count 0 means none."""
+
+    sampler: str = option("power", "how each round's public row set is drawn",
+                          choices=("uniform", "power", "top_k", "cyclic"))
+    alpha: float = option(0.5, "power sampler: inclusion probability ~ frequency^alpha", low=0, high=2)
+    count: int = option(3_000, "rows in a round's set; 0: no embedding rows train", low=0)
+
+
+@dataclass(frozen=True)
+class TrainableConfig:
+    """What trains on a device and travels; any combination becomes one update vector."""
+
+    lora: LoraConfig = option(factory=LoraConfig)
+    bias: bool = option(False, "train every bias, LayerNorm's included (user-level BiTFiT)")
+    dense: tuple[str, ...] = option((), "glob patterns of further tensors to train whole; '*' trains all of the body")
+    embedding_rows: RowsConfig = option(factory=RowsConfig)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The local training loss; evaluation is always the exact full softmax."""
+
+    kind: str = option("nce", "training loss", choices=("nce", "sampled_softmax", "full_softmax"))
+    negatives: int = option(512, "negatives drawn for each batch", low=1)
+    noise_power: float = option(1.0, "negatives ~ public frequency^noise_power", low=0, high=2)
+    negatives_from: str = option("vocabulary", "rows: only inside the round's row set, other targets masked",
+                                 choices=("vocabulary", "rows"))
+    chunk: int = option(8192, "vocabulary entries at a time in the full softmax", low=16)
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """One device's local training: plain SGD."""
+
+    epochs: int = option(1, "passes over the device's text", low=1)
+    batch_size: int = option(16, "sequences in a batch", low=1)
+    learning_rate: float = option(0.5, "SGD", above=0)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """The server's aggregation strategy."""
+
+    kind: str = option("fedadam", "fedavg, fedadam, or pkg.mod:Class")
+    learning_rate: float = option(0.01, "server learning rate", above=0)
+    beta1: float = option(0.9, "fedadam: first moment", low=0, high=0.9999)
+    beta2: float = option(0.99, "fedadam: second moment", low=0, high=0.99999)
+    epsilon: float = option(1e-4, "fedadam: added to the root of the second moment", above=0)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """User-level differential privacy (docs/privacy.md)."""
+
+    enabled: bool = option(True, "false: no clipping and no noise, stamped NOT PRIVATE")
+    clip_norm: float = option(0.3, "L2 bound on a device's update", above=0)
+    epsilon: float = option(2.0, "target; the noise multiplier is calibrated to it; 0: use noise_multiplier", low=0)
+    noise_multiplier: float = option(0.0, "noise std in units of clip_norm; 0: calibrate from epsilon", low=0)
+    delta: float = option(1e-6, "", above=0, high=0.1)
+    mechanism: str = option("gaussian", "", choices=("gaussian",))
+    population: int = option(0, "accounted fleet size; 0: the simulated fleet's own", low=0)
+    expected_cohort: int = option(0, "accounted expected cohort; 0: fleet.cohort", low=0)
+    reproducible_noise: bool = option(False, "debugging: noise from the seed; stamps the run NOT PRIVATE")
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """The simulated fleet."""
+
+    devices: int = option(0, "devices; 0: one for each training user of the corpus", low=0)
+    cohort: int = option(100, "expected devices a round (Poisson sampling)", low=1)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """Where the devices run."""
+
+    grid: str = option("ray", "ray: worker processes; inprocess: this process", choices=("ray", "inprocess"))
+    workers: int = option(0, "workers; 0: one for each processor core", low=0, high=4096)
+    address: str = option("", "a running Ray cluster; empty: start one on this machine")
+    group_size: int = option(16, "devices summed together before the exact integer sum", low=1, high=4096)
+    eval_every: int = option(5, "rounds between evaluations; 0: only before the first and after the last", low=0)
+    checkpoint_every: int = option(10, "rounds between whole checkpoints (each round is journalled)", low=1)
+    worker_timeout_s: float = option(600.0, "a worker silent for this long is given up", above=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    seed: int = option(1, "of everything but privacy noise", low=0)
+    rounds: int = option(30, "federated rounds", low=1)
+    data: DataConfig = option(factory=DataConfig)
+    synthetic: SyntheticConfig = option(factory=SyntheticConfig)
+    vocabulary: VocabularyConfig = option(factory=VocabularyConfig)
+    model: ModelConfig = option(factory=ModelConfig)
+    pretrain: PretrainConfig = option(factory=PretrainConfig)
+    trainable: TrainableConfig = option(factory=TrainableConfig)
+    loss: LossConfig = option(factory=LossConfig)
+    local: LocalConfig = option(factory=LocalConfig)
+    strategy: StrategyConfig = option(factory=StrategyConfig)
+    privacy: PrivacyConfig = option(factory=PrivacyConfig)
+    fleet: FleetConfig = option(factory=FleetConfig)
+    execution: ExecutionConfig = option(factory=ExecutionConfig)
