@@ -1,0 +1,1 @@
+"""The device side: the Flower ClientApp and the host of a node's devices."""

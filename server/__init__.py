@@ -1,0 +1,1 @@
+"""The aggregating side: the Flower ServerApp, the round loop, strategies, and the run folder."""

@@ -1,0 +1,1 @@
+"""The virtual fleet: grids (in-process, Ray), recipes and reports."""

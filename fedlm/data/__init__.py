@@ -1,0 +1,1 @@
+"""Corpora by user, the public vocabulary and its frequencies, memory-mapped tokens, batches."""

@@ -1,0 +1,6 @@
+"""User-level differential privacy: one plan makes sampler, clipper, mechanism and accounting together."""
+
+from fedlm.privacy.clipping import ClippedSum, Clipper, ClipRecord
+from fedlm.privacy.plan import PrivacyPlan
+
+__all__ = ["ClipRecord", "ClippedSum", "Clipper", "PrivacyPlan"]

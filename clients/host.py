@@ -1,0 +1,144 @@
+"""A node's devices: the current model, their data, and the training of whichever devices the server asks for.
+
+In simulation a node is a worker that can train every device of the fleet; a device is a row of data, not an object.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+
+import numpy as np
+import torch
+
+from fedlm.config.schema import Config
+from fedlm.data.batching import sequences
+from fedlm.experiment import Experiment, Weights
+from fedlm.losses.evaluation import Score, score
+from fedlm.messages import (
+    FROM_SCRATCH,
+    Broadcast,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    TrainRequest,
+)
+from fedlm.privacy.clipping import ClippedSum, Clipper, ClipRecord
+from fedlm.training.local import LocalTrainer
+
+UNKNOWN_VERSION = -2
+EVALUATION_TOKENS = 4096  # tokens whose hidden states are scored at once
+log = logging.getLogger(__name__)
+
+
+class DeviceHost:
+    """Hosts the devices of one experiment in this process.
+
+    Arguments:
+        config: The experiment.
+        weights: The base's weights, when they are already in shared memory; else they are read from its folder.
+    """
+
+    def __init__(self, config: Config, weights: Weights | None = None) -> None:
+        self._config = config
+        self._experiment = Experiment.open(config)
+        self._fleet = self._experiment.fleet
+        self._trainable = self._experiment.trainable(weights)
+        self._values = self._trainable.initial_values()
+        self._trainable.bind_tables(self._values)
+        self._trainer = LocalTrainer(self._trainable, config, self._experiment.vocabulary.frequencies)
+        self._run, self._version = "", 0
+
+    def train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
+        """Train the requested devices and return the sum of their clipped updates."""
+        started = time.perf_counter()
+        empty = np.empty(0, np.int64)
+        if not self._apply(broadcast):
+            nothing = np.empty(0, np.float64)
+            return TrainReply(True, empty, 0, empty, nothing, nothing, empty, [], _peak_mb(), 0.0)
+        spec = self._trainable.spec.with_rows(broadcast.row_ids)
+        self._trainer.start_round(spec, self._values)
+        total = Clipper(request.clip_norm).new_sum(spec.size)
+        trained: list[tuple[int, float, float]] = []
+        failed: dict[int, str] = {}
+        for device in request.devices.tolist():
+            try:
+                record, loss = self._train_device(total, broadcast.key, device)
+            except Exception as error:  # one device's failure must not cost the others their round
+                log.debug("device %d failed", device, exc_info=True)
+                failed[device] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            if record.finite:
+                trained.append((device, record.norm, loss))
+            else:
+                failed[device] = "update not finite"
+        devices, norms, losses = zip(*trained, strict=True) if trained else ((), (), ())
+        return TrainReply(
+            stale=False,
+            total=total.to_arrays()[0],
+            num_devices=total.num_devices,
+            devices=np.array(devices, np.int64),
+            norms=np.array(norms, np.float64),
+            losses=np.array(losses, np.float64),
+            failed=np.array(list(failed), np.int64),
+            causes=list(failed.values()),
+            peak_mb=_peak_mb(),
+            seconds=time.perf_counter() - started,
+        )
+
+    def evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
+        """Score held-out users with the exact full softmax."""
+        if not self._apply(broadcast):
+            return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0)
+        self._trainable.load({b.name: b.view(self._values) for b in self._trainable.spec.blocks if b.kind != "rows"})
+        self._trainable.model.eval()
+        total = sum((self._score_user(user) for user in request.users.tolist()), Score())
+        return EvaluateReply(
+            False, total.nll, total.num_tokens, total.num_bytes, total.log_z, total.log_z_squared
+        )
+
+    def _apply(self, broadcast: Broadcast) -> bool:
+        """Bring the values up to date; False if the patch does not fit."""
+        if broadcast.run != self._run:
+            # A fresh host holds the base, version 0 of any run; one that served another run holds nothing useful.
+            self._version = 0 if not self._run else UNKNOWN_VERSION
+            self._run = broadcast.run
+        if self._version == broadcast.to_version:
+            return True
+        if broadcast.from_version == FROM_SCRATCH:
+            self._values[...] = broadcast.patch
+        elif broadcast.from_version == self._version:
+            self._trainable.spec.with_rows(broadcast.patch_rows).scatter(self._values, broadcast.patch)
+        else:
+            return False
+        self._version = broadcast.to_version
+        return True
+
+    def _train_device(self, total: ClippedSum, key: bytes, device: int) -> tuple[ClipRecord, float]:
+        tokens = self._experiment.store.tokens(int(self._fleet[device]))
+        result = self._trainer.train(tokens, key=key, device=device)
+        return total.add(result.update), result.loss
+
+    @torch.no_grad()
+    def _score_user(self, user: int) -> Score:
+        model, store = self._trainable.model, self._experiment.store
+        batch = sequences(store.tokens(user), self._config.data.sequence_length)
+        per_pass = max(1, EVALUATION_TOKENS // batch.inputs.shape[1])
+        total = Score(num_bytes=int(store.num_bytes[user]))
+        for start in range(0, len(batch.inputs), per_pass):
+            part = slice(start, start + per_pass)
+            mask = torch.from_numpy(batch.mask[part])  # (B, T)
+            hidden = model.hidden(torch.from_numpy(batch.inputs[part]), mask)[mask]  # (N, D)
+            targets = torch.from_numpy(batch.targets[part])[mask]  # (N,)
+            total += score(
+                hidden, targets, model.output_table, model.output_bias, num_bytes=0, chunk=self._config.loss.chunk
+            )
+        return total
+
+
+def _peak_mb() -> float:
+    """Peak resident memory of this process, MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

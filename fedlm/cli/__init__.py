@@ -1,0 +1,90 @@
+"""The command line: `main` and its exit codes. Only this part of fedlm may import the other three packages.
+
+A verb imports what it needs when it runs, so `fedlm --help` costs no torch, flwr or ray. Standard output has
+the result alone, with `--json` one object in which NaN and infinities are null; the rest is standard error's.
+
+    0    done
+    1    failed; an error that fedlm did not foresee keeps its traceback
+    2    wrong usage, configuration or data
+    3    the privacy budget would be exceeded
+    130  interrupted
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fedlm.errors import FedlmError
+
+QUIET_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    # Without it Flower installs the app's dependencies from the network at every run.
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+"""Set before any of the libraries is imported, unless the user has set them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Arguments:
+        argv: The words after `fedlm`; None means those of this process, none at all means `--help`.
+
+    Returns:
+        The exit code.
+    """
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except FedlmError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    import click
+    from typer.main import get_command
+
+    from fedlm.cli.app import app
+
+    command = get_command(app)
+    try:
+        with command.make_context("fedlm", words) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedlm"
+        return _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", error.exit_code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fedlm: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is the broken pipe (`fedlm config show | head -1`); if so, silence it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

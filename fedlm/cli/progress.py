@@ -1,0 +1,163 @@
+"""What a long verb shows on standard error while it works: a bar on a terminal, else a line now and then.
+
+Both are listeners: functions of one event, a dictionary with the key `event`.
+
+    stage        text                                            a line
+    pretrain     step, steps, loss                               the bar
+    device_done  round, done, total                              the bar
+    round        round, rounds, perplexity, epsilon, devices_per_second, megabytes    the bar
+    note         text                                            a warning, shown once and never suppressed
+
+Other events are for other listeners.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Listener = Callable[[dict[str, object]], None]
+_Event = Mapping[str, Any]
+
+
+@contextmanager
+def progress(*, quiet: bool, json: bool) -> Iterator[Listener]:
+    """Give the listener of one verb; meanwhile what libraries print goes to standard error.
+
+    Arguments:
+        quiet: Only warnings are shown.
+        json: Somebody parses the output: only warnings are shown unless standard error is a terminal.
+    """
+    terminal = sys.stderr.isatty()
+    if quiet or (json and not terminal):
+        with redirect_stdout(sys.stderr):
+            yield Lines(_write_line, every_s=float("inf"), stages=False)
+    elif not terminal:
+        with redirect_stdout(sys.stderr):
+            yield Lines(_write_line)
+    else:
+        with _bar() as bar, redirect_stdout(sys.stderr):
+            yield Bar(bar)
+
+
+def sentence(event: _Event) -> str:
+    """Return an event as one line of text; figures that are None or absent are left out.
+
+    >>> sentence({"event": "round", "round": 3, "rounds": 30, "perplexity": None, "epsilon": 0.417})
+    'round 3/30  epsilon 0.417'
+    """
+    match event["event"]:
+        case "pretrain":
+            return f"pretraining  step {event['step']}/{event['steps']}  loss {event['loss']:.3f}"
+        case "device_done":
+            return f"round {event['round']}  device {event['done']}/{event['total']}"
+        case "round":
+            figures = [
+                ("perplexity {:.1f}", event.get("perplexity")),
+                ("epsilon {:.3f}", event.get("epsilon")),
+                ("{:.1f} devices/s", event.get("devices_per_second")),
+                ("{:.1f} MB", event.get("megabytes")),
+            ]
+            known = [form.format(value) for form, value in figures if value is not None]
+            return "  ".join([f"round {event['round']}/{event['rounds']}", *known])
+        case "note":
+            return f"warning: {event['text']}"
+        case _:
+            return str(event.get("text", ""))
+
+
+class Lines:
+    """A listener that prints stages and warnings at once, and progress at most every few seconds.
+
+    Arguments:
+        write: Prints one line.
+        every_s: Least seconds between two lines of progress; the last round and the last step always show.
+        stages: False: only warnings.
+        clock: Seconds from any start.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        every_s: float = 5.0,
+        stages: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._write, self._every_s, self._stages, self._clock = write, every_s, stages, clock
+        self._last = -float("inf")
+        self._seen: set[str] = set()
+
+    def __call__(self, event: dict[str, object]) -> None:
+        text = sentence(event)
+        match event["event"]:
+            case "note" if text not in self._seen:
+                self._seen.add(text)
+                self._write(text)
+            case "stage" if self._stages:
+                self._write(text)
+            case "pretrain" | "round" | "device_done" if self._stages and self._due(event):
+                self._last = self._clock()
+                self._write(text)
+
+    def _due(self, event: _Event) -> bool:
+        ended = event["event"] != "device_done" and _done(event) == _total(event)
+        return ended or self._clock() - self._last >= self._every_s
+
+
+class Bar:
+    """A listener that moves one rich progress bar; stages and warnings are printed above it."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None)
+        self._lines = Lines(lambda text: bar.console.print(text, markup=False), every_s=float("inf"))
+        self._rounds: float | None = None  # known from the first round event on
+
+    def __call__(self, event: dict[str, object]) -> None:
+        text = sentence(event)
+        match event["event"]:
+            case "pretrain":
+                self._bar.update(self._task, total=_total(event), completed=_done(event), description=text)
+            case "round":
+                self._rounds = _total(event)
+                self._bar.update(self._task, total=self._rounds, completed=_done(event), description=text)
+            case "device_done" if self._rounds is not None:
+                # The description stays that of the last round: its figures change once a round.
+                self._bar.update(self._task, total=self._rounds, completed=_done(event))
+            case "device_done":
+                self._bar.update(self._task, total=None, description=text)
+            case _:
+                self._lines(event)
+
+
+def _done(event: _Event) -> float:
+    if event["event"] == "device_done":
+        return float(event["round"] - 1 + event["done"] / max(event["total"], 1))
+    return float(event["step" if event["event"] == "pretrain" else "round"])
+
+
+def _total(event: _Event) -> float:
+    return float(event["steps" if event["event"] == "pretrain" else "rounds"])
+
+
+def _write_line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,136 @@
+"""The verbs that make and read runs: simulate, resume, report, compare, pretrain."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlm.cli.options import ConfigFile, Json, Overrides, Quiet, RunFolder, RunFolders, read_config
+from fedlm.cli.output import print_json, print_pairs, print_table
+from fedlm.cli.progress import progress
+
+if TYPE_CHECKING:
+    from simulations.summary import RunSummary
+
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: a new one under runs/.")
+]
+
+
+def simulate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: OutFolder = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train over a simulated fleet.
+
+    CONFIG is a TOML file; left out: the embedded default job.
+    """
+    settings = read_config(config, overrides)
+    from simulations.run import simulate
+
+    with progress(quiet=quiet, json=json) as listener:
+        summary = simulate(settings, out, listener)
+    _print_summary(summary, json)
+
+
+def resume(run: RunFolder, json: Json = False, quiet: Quiet = False) -> None:
+    """Continue the run of a run folder."""
+    from simulations.run import resume
+
+    with progress(quiet=quiet, json=json) as listener:
+        summary = resume(run, listener)
+    _print_summary(summary, json)
+
+
+def report(run: RunFolder, json: Json = False) -> None:
+    """Write the HTML report of a run folder."""
+    from simulations.report import write_report
+
+    path = write_report(run)
+    if json:
+        print_json({"report": path})
+    else:
+        print(path)
+
+
+def compare(runs: RunFolders, json: Json = False) -> None:
+    """Print the figures of run folders side by side."""
+    from simulations.report import compare_table
+
+    rows = compare_table(runs)
+    if json:
+        print_json({"runs": rows})
+    else:
+        # One row a figure, one column a run: a terminal is wide enough for a few runs, not for all figures.
+        figures = [(name, *(_shown(row.get(name)) for row in rows)) for name in rows[0]]
+        print_table(figures[0], figures[1:])
+
+
+def pretrain(
+    config: ConfigFile = None, overrides: Overrides = None, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train the public base, or find it in the cache.
+
+    CONFIG is a TOML file; left out: the embedded default job.
+    """
+    settings = read_config(config, overrides)
+    from simulations.run import pretrain
+
+    with progress(quiet=quiet, json=json) as listener:
+        base = pretrain(settings, listener)
+    if json:
+        print_json({"base": base})
+    else:
+        print(base)
+
+
+def _print_summary(summary: RunSummary, json: bool) -> None:
+    from simulations.report import write_report
+    from simulations.report.figures import data_size, figure
+
+    path = write_report(Path(summary.run_dir))
+    if json:
+        print_json(asdict(summary))
+        return
+    up, down = data_size(summary.bytes_up_per_device), data_size(summary.bytes_down_per_device)
+    print_pairs(
+        [
+            ("perplexity", _change(summary.perplexity_initial, summary.perplexity)),
+            ("bits per byte", figure(summary.bits_per_byte)),
+            ("privacy", f"epsilon {figure(summary.epsilon, 3)} at delta {figure(summary.delta, 2)}"),
+            ("", summary.privacy_statement),
+            (
+                "device",
+                f"{up} up, {down} down a round; {figure(summary.peak_device_mb, 3)} MB of memory at most",
+            ),
+            ("training", f"{summary.rounds} rounds, {figure(summary.devices_trained)} devices"),
+            (
+                "speed",
+                f"{figure(summary.devices_per_second, 3)} devices/s, {figure(summary.seconds, 3)} s in all",
+            ),
+            ("run", summary.run_dir),
+            ("report", str(path)),
+        ]
+    )
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """Return `412.3 → 301.2 (-26.9 %)`."""
+    from simulations.report.figures import figure
+
+    change = f" ({100 * (after / before - 1):+.1f} %)" if before and after else ""
+    return f"{figure(before)} → {figure(after)}{change}"
+
+
+def _shown(value: object) -> str:
+    from simulations.report.figures import ABSENT, figure
+
+    if value is None:
+        return ABSENT
+    return figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,218 @@
+"""Combinations of allowed values that cannot work together, each with the fix.
+
+A check is a small generator over one subject that yields one sentence a problem. Ranges of single values
+are in `fedlm.config.schema`; whether a file exists or fits is found by who reads it.
+
+>>> from fedlm.config.load import load_config
+>>> load_config(None, ["model.num_heads=5"])
+Traceback (most recent call last):
+fedlm.errors.ConfigError: model.num_heads = 5 does not divide model.d_model = 192; set model.num_heads = 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedlm.config.schema import Config
+from fedlm.config.suggest import nearest_word
+from fedlm.errors import ConfigError
+
+_BUILT_IN_MODELS = ("transformer", "lstm")
+_MODULES_ONLY_OF = {"attention": "transformer", "mlp": "transformer", "recurrent": "lstm"}
+
+
+def validate(config: Config) -> None:
+    """Refuse a config whose values are each allowed but cannot work together.
+
+    Raises:
+        ConfigError: The first problem found, with its fix.
+    """
+    for problem in problems(config):
+        raise ConfigError(problem)
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Yield every problem of a config, one sentence each."""
+    for check in CHECKS:
+        yield from check(config)
+
+
+def _misspelt_words(config: Config) -> Iterator[str]:
+    """Keys that take a known word or a path: a near miss of the word that is no path is a typing error."""
+    for key, value, words in [
+        ("data.corpus", config.data.corpus, ("chitchat", "synthetic")),
+        ("vocabulary.source", config.vocabulary.source, ("wordfreq", "model")),
+        ("model.name", config.model.name, _BUILT_IN_MODELS),
+        ("model.base", config.model.base, ("pretrain", "random")),
+        ("pretrain.corpus", config.pretrain.corpus, ("public",)),
+    ]:
+        word = nearest_word(value, words)
+        if word and value not in words and not Path(value).exists():
+            yield f"{key} = {value!r} is no known word and no file or folder; did you mean {word!r}?"
+
+
+def _data(config: Config) -> Iterator[str]:
+    public, held_out = config.data.public_fraction, config.data.eval_fraction
+    if public + held_out >= 1:
+        yield (
+            f"data.public_fraction = {public} and data.eval_fraction = {held_out} leave no users to train; "
+            "their sum must be below 1"
+        )
+    if config.data.corpus != "synthetic":
+        return
+    users, classes = config.synthetic.users, config.synthetic.classes
+    if classes > config.vocabulary.size:
+        yield (
+            f"synthetic.classes = {classes} is more than vocabulary.size = {config.vocabulary.size}; "
+            "a class needs at least one word"
+        )
+    if config.fleet.devices == 0 and config.fleet.cohort > users:
+        yield (
+            f"fleet.cohort = {config.fleet.cohort} is more than synthetic.users = {users}; "
+            f"set fleet.cohort to at most {users}"
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, source = config.model, config.vocabulary.source
+    built_in = model.name in _BUILT_IN_MODELS
+    if model.name == "transformer" and model.d_model % model.num_heads:
+        yield (
+            f"model.num_heads = {model.num_heads} does not divide model.d_model = {model.d_model}; "
+            f"set model.num_heads = {_nearest_divisor(model.d_model, model.num_heads)}"
+        )
+    if built_in and source == "model":
+        yield (
+            f"vocabulary.source = 'model' needs a pretrained model, but model.name = {model.name!r}; "
+            "set vocabulary.source = 'wordfreq' or a tokenizer file"
+        )
+    if not built_in and source != "model":
+        yield (
+            f"model.name = {model.name!r} brings its own vocabulary, but vocabulary.source = {source!r}; "
+            "set vocabulary.source = 'model'"
+        )
+    if model.name == "transformer" and model.d_hidden:
+        yield f"model.d_hidden = {model.d_hidden} is of the lstm; set model.d_ff for the transformer"
+    if model.name == "lstm" and model.d_ff:
+        yield f"model.d_ff = {model.d_ff} is of the transformer; set model.d_hidden for the lstm"
+
+
+def _base(config: Config) -> Iterator[str]:
+    model, pretrain = config.model, config.pretrain
+    if model.base == "pretrain" and pretrain.corpus == "public" and config.data.public_fraction == 0:
+        yield (
+            "model.base = 'pretrain' has no public users to train on; set data.public_fraction above 0, "
+            "pretrain.corpus to a text file, or model.base to a base folder"
+        )
+    if model.base == "random" and model.name in _BUILT_IN_MODELS and not config.trainable.dense:
+        yield (
+            "model.base = 'random' with a frozen body learns nothing useful; "
+            "set trainable.dense = ['*'], or model.base = 'pretrain'"
+        )
+    if model.base == "pretrain" and _own_size(config) and pretrain.negatives >= config.vocabulary.size:
+        yield _too_many_negatives("pretrain.negatives", pretrain.negatives, config.vocabulary.size)
+
+
+def _trainable(config: Config) -> Iterator[str]:
+    trainable, model = config.trainable, config.model.name
+    rank, targets = trainable.lora.rank, trainable.lora.targets
+    rows, size = trainable.embedding_rows.count, config.vocabulary.size
+    if not (rank or trainable.bias or trainable.dense or rows):
+        yield (
+            "nothing trains: set trainable.lora.rank or trainable.embedding_rows.count above 0, "
+            "trainable.bias = true, or trainable.dense = ['*']"
+        )
+    if rank and not targets:
+        yield f"trainable.lora.rank = {rank} has no trainable.lora.targets; name some, or set rank 0"
+    for target in targets if rank and model in _BUILT_IN_MODELS else ():
+        if _MODULES_ONLY_OF.get(target, model) != model:
+            own = [name for name, owner in _MODULES_ONLY_OF.items() if owner == model]
+            yield f"trainable.lora.targets has {target!r}, which the {model} lacks; set it to {own}"
+    if _own_size(config) and rows > size:
+        yield (
+            f"trainable.embedding_rows.count = {rows} is more than vocabulary.size = {size}; "
+            f"set it to at most {size}"
+        )
+
+
+def _loss(config: Config) -> Iterator[str]:
+    loss, rows, size = config.loss, config.trainable.embedding_rows.count, config.vocabulary.size
+    sampled, from_rows = loss.kind != "full_softmax", loss.negatives_from == "rows"
+    if from_rows and not sampled:
+        yield "loss.negatives_from = 'rows' needs a loss that draws negatives; set loss.kind = 'nce'"
+    if from_rows and sampled and rows == 0:
+        yield (
+            "loss.negatives_from = 'rows' has no rows to draw from; "
+            "set trainable.embedding_rows.count above 0, or loss.negatives_from = 'vocabulary'"
+        )
+    if from_rows and sampled and 0 < rows < loss.negatives:
+        yield (
+            f"loss.negatives = {loss.negatives} is more than trainable.embedding_rows.count = {rows}; "
+            f"set loss.negatives to at most {rows}"
+        )
+    if sampled and _own_size(config) and loss.negatives >= size:
+        yield _too_many_negatives("loss.negatives", loss.negatives, size)
+
+
+def _privacy(config: Config) -> Iterator[str]:
+    privacy = config.privacy
+    population, expected = privacy.population, privacy.expected_cohort
+    if privacy.enabled and not privacy.epsilon and not privacy.noise_multiplier:
+        yield (
+            "privacy.enabled = true needs privacy.epsilon or privacy.noise_multiplier above 0; "
+            "set one, or privacy.enabled = false"
+        )
+    if privacy.enabled and privacy.epsilon and privacy.noise_multiplier:
+        yield (
+            f"privacy.epsilon = {privacy.epsilon} and privacy.noise_multiplier = {privacy.noise_multiplier} "
+            "are both set; set the one that is not meant to 0"
+        )
+    if expected and not population:
+        yield f"privacy.expected_cohort = {expected} needs privacy.population; set it to the fleet's size"
+    name = "privacy.expected_cohort" if expected else "fleet.cohort"
+    cohort = expected or config.fleet.cohort
+    if population and cohort > population:
+        yield f"{name} = {cohort} is more than privacy.population = {population}; set at most {population}"
+
+
+def _fleet(config: Config) -> Iterator[str]:
+    fleet, execution = config.fleet, config.execution
+    if 0 < fleet.devices < fleet.cohort:
+        yield (
+            f"fleet.cohort = {fleet.cohort} is more than fleet.devices = {fleet.devices}; "
+            f"set fleet.cohort to at most {fleet.devices}"
+        )
+    if execution.grid == "inprocess" and execution.address:
+        yield f"execution.address = {execution.address!r} needs a Ray cluster; set execution.grid = 'ray'"
+    if execution.grid == "inprocess" and execution.workers > 1:
+        yield (
+            f"execution.workers = {execution.workers} needs worker processes; "
+            "set execution.grid = 'ray', or execution.workers = 0"
+        )
+
+
+CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _misspelt_words,
+    _data,
+    _model,
+    _base,
+    _trainable,
+    _loss,
+    _privacy,
+    _fleet,
+)
+
+
+def _own_size(config: Config) -> bool:
+    """Whether vocabulary.size counts: a pretrained model's vocabulary has the size that it has."""
+    return config.vocabulary.source != "model"
+
+
+def _too_many_negatives(key: str, negatives: int, size: int) -> str:
+    fix = f"set {key} below {size}" + (", or loss.kind = 'full_softmax'" if key == "loss.negatives" else "")
+    return f"{key} = {negatives} is not below vocabulary.size = {size}; {fix}"
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))

@@ -1,0 +1,84 @@
+"""From a config to its parts: vocabulary, token store, model, what trains. Server, nodes and `pretrain` all start here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.config.schema import Config
+from fedlm.data.store import TokenStore, build_store
+from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
+from fedlm.errors import DataError
+from fedlm.models.base import LanguageModel
+from fedlm.models.factory import OWN_MODELS, build_model, empty_model
+from fedlm.models.pretrained import load_pretrained
+from fedlm.models.weights import set_weights
+from fedlm.trainable.build import Trainable, build_trainable
+from fedlm.training.base import load_base
+
+Weights = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The data side of a run, cheap to open on every worker (everything large is memory-mapped)."""
+
+    config: Config
+    vocabulary: Vocabulary
+    store: TokenStore
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def open(cls, config: Config) -> Experiment:
+        """Load the vocabulary and open the token store, building and caching what is missing."""
+        if is_pretrained(config):
+            _, tokenizer = load_pretrained(config.model.name)
+            vocabulary = vocabulary_from_tokenizer(tokenizer, config.vocabulary.size)
+        else:
+            vocabulary = load_vocabulary(config)
+        return cls(config, vocabulary, build_store(config, vocabulary))
+
+    @property
+    def fleet(self) -> npt.NDArray[np.int64]:
+        """Users (N,) of the token store that are this fleet's devices: device d holds user `fleet[d]`."""
+        users = self.store.users("train")
+        wanted = self.config.fleet.devices or len(users)
+        if wanted > len(users):
+            raise DataError(
+                f"fleet.devices is {wanted}, but {self.config.data.corpus} has {len(users)} training users; "
+                f"set fleet.devices to at most {len(users)}, or 0 for all"
+            )
+        return users[:wanted]
+
+    def model(self, weights: Weights | None = None) -> LanguageModel:
+        """Build the model with the base's weights.
+
+        Arguments:
+            weights: Of the base, when the caller already has them (shared memory); else read from its folder.
+        """
+        if is_pretrained(self.config):
+            return load_pretrained(self.config.model.name)[0]
+        if self.config.model.base == "random":
+            return build_model(self.config, self.vocabulary.frequencies, self.config.seed)
+        model = empty_model(self.config, self.vocabulary.size)
+        set_weights(model, load_base(self.config) if weights is None else weights)
+        return model
+
+    def trainable(self, weights: Weights | None = None) -> Trainable:
+        """Build the model and what trains in it."""
+        return build_trainable(self.model(weights), self.config)
+
+
+def is_pretrained(config: Config) -> bool:
+    """Tell whether the model is somebody else's (a Hugging Face folder or GGUF file), and so its own base."""
+    return config.model.name not in OWN_MODELS
+
+
+def starts_from_base(config: Config) -> bool:
+    """Tell whether the run starts from a base of ours, trained or named."""
+    return not is_pretrained(config) and config.model.base != "random"

@@ -1,0 +1,31 @@
+"""Messages of `fedlm.messages` as Flower records.
+
+The one module of this package that imports flwr (its public part); server and clients import it, the rest of fedlm never
+does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
+
+from fedlm.messages import pack, unpack
+
+Message = TypeVar("Message")
+
+
+def to_records(name: str, message: Any) -> dict[str, ArrayRecord | ConfigRecord]:
+    """Return the two records of a message, `<name>.arrays` and `<name>.scalars`."""
+    arrays, scalars = pack(message)
+    return {
+        f"{name}.arrays": ArrayRecord({key: Array(np.ascontiguousarray(a)) for key, a in arrays.items()}),
+        f"{name}.scalars": ConfigRecord({k: cast(ConfigRecordValues, v) for k, v in scalars.items()}),
+    }
+
+
+def from_records(cls: type[Message], name: str, records: RecordDict) -> Message:
+    """Rebuild the message of class `cls` that `to_records(name, ...)` packed."""
+    arrays = {key: array.numpy() for key, array in records.array_records[f"{name}.arrays"].items()}
+    return unpack(cls, arrays, dict(records.config_records[f"{name}.scalars"]))

@@ -1,0 +1,122 @@
+"""What server and nodes say to each other, independent of the transport.
+
+A node hosts one or more devices and keeps the current model. The server's broadcast of round t carries only what changed
+since the round before (a *patch*); a node that missed a round, or that has just started, answers `stale` and gets the
+whole vector once. Nothing is ever sent twice to a node that is up to date.
+
+Each message is a frozen dataclass of arrays and scalars; `pack` and `unpack` split it so, generically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.trainable.spec import RowIds, Vector
+
+Scalar = int | float | str | bool | bytes | list[int] | list[float] | list[str]
+Message = TypeVar("Message")
+
+EMPTY_IDS: RowIds = np.empty(0, np.int64)
+EMPTY_VECTOR: Vector = np.empty(0, np.float32)
+FROM_SCRATCH = -1
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """The server's state for one round, the same for all nodes.
+
+    Arguments:
+        run: Name of the run; a node serves one run at a time.
+        from_version: Rounds that a node must have applied for the patch to fit; FROM_SCRATCH fits any node.
+        to_version: Rounds applied after the patch.
+        patch_rows: Row ids (S',) of the patch; empty for a whole vector.
+        patch: The values (P',) of those rows and of everything outside the embedding.
+        row_ids: This round's public row set (S,).
+        key: The round's key (`fedlm.randomness.round_key`).
+    """
+
+    run: str
+    from_version: int
+    to_version: int
+    patch_rows: RowIds
+    patch: Vector
+    row_ids: RowIds
+    key: bytes
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Train these devices and return the sum of their clipped updates.
+
+    Arguments:
+        devices: Device ids (U,).
+        clip_norm: C, the L2 bound on each update; infinite when the plan does not clip.
+    """
+
+    devices: RowIds
+    clip_norm: float
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """A sum over devices, and what the simulation may look at.
+
+    Arguments:
+        stale: The node could not apply the patch and did nothing.
+        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping`).
+        num_devices: Devices in the sum, those that contributed zero included.
+        devices: (U,) devices that trained.
+        norms: (U,) L2 norms before clipping. Simulation only, not private.
+        losses: (U,) training losses. Simulation only, not private.
+        failed: (F,) devices that contributed zero.
+        causes: (F,) why, one line each.
+        peak_mb: Peak resident memory of the node's process so far, MB.
+        seconds: Time spent.
+    """
+
+    stale: bool
+    total: npt.NDArray[np.int64]
+    num_devices: int
+    devices: RowIds
+    norms: npt.NDArray[np.float64]
+    losses: npt.NDArray[np.float64]
+    failed: RowIds
+    causes: list[str]
+    peak_mb: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Score the text of these held-out users (indices into the token store)."""
+
+    users: RowIds
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Sums of `fedlm.losses.evaluation.Score`."""
+
+    stale: bool
+    nll: float
+    num_tokens: int
+    num_bytes: int
+    log_z: float
+    log_z_squared: float
+
+
+def pack(message: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Scalar]]:
+    """Split a message into its arrays and its scalars, by field name."""
+    values = {f.name: getattr(message, f.name) for f in fields(message)}
+    arrays = {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
+    return arrays, {name: v for name, v in values.items() if name not in arrays}
+
+
+def unpack(cls: type[Message], arrays: Mapping[str, npt.NDArray[Any]], scalars: Mapping[str, Any]) -> Message:
+    """Rebuild a message of class `cls`; the inverse of `pack`."""
+    return cls(**{**arrays, **scalars})

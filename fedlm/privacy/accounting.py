@@ -1,0 +1,191 @@
+"""Epsilon of T releases of the Poisson-sampled Gaussian mechanism, and the noise multiplier for a given
+epsilon.
+
+Unit: one user, added or removed. Each round every user joins with probability q, independently and in secret; a
+user's contribution has L2 norm at most C and the noise has standard deviation z C.
+
+Exact: the privacy loss distribution (PLD) of google/dp-accounting, which bounds one round's loss from above on a
+grid ("connect the dots", Doroshenko et al. 2022) and composes it by FFT. q = 1 is the plain Gaussian in closed form
+(Balle and Wang 2018, theorem 8). Approximate, and always from above: the grid is no finer than the result needs; the
+FFT's rounding, which understates delta by some 1e-15, is paid for by asking for `delta - 1e-14`; and the unsampled
+Gaussian caps the result, since sampling cannot harm.
+
+>>> round(epsilon(sampling_probability=1.0, noise_multiplier=5.0, rounds=10, delta=1e-6), 2)
+2.92
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from fedlm.errors import ConfigError
+from fedlm.privacy.ranges import require_count, require_number
+
+MIN_DELTA = 1e-12
+
+_FFT_DELTA = 1e-14
+_FINE = 40_000
+_COARSE = 4_000
+# Composed losses lie on about 6 times as many points as one round's, enough for four digits of epsilon.
+_COMPOSED = 6
+_SMALLEST_Z, _LARGEST_Z = 1e-3, 1e6
+
+
+def epsilon(*, sampling_probability: float, noise_multiplier: float, rounds: int, delta: float) -> float:
+    """Return epsilon at `delta` after `rounds` releases; never less than the true one.
+
+    Arguments:
+        sampling_probability: q, each user's probability to be in a round's cohort, in (0, 1].
+        noise_multiplier: z, the noise's standard deviation in units of the clip norm, > 0.
+        rounds: T, number of releases; 0 gives 0.
+        delta: In [1e-12, 1).
+
+    Returns:
+        Epsilon; large but finite for tiny z.
+
+    Raises:
+        ConfigError: An argument out of range.
+    """
+    q, delta = _sampling(sampling_probability), _delta(delta)
+    z = require_number("noise_multiplier", noise_multiplier, above=0, fix="no noise means no privacy")
+    return _epsilon(q, z, require_count("rounds", rounds), delta, _FINE)
+
+
+def noise_multiplier(*, sampling_probability: float, rounds: int, epsilon: float, delta: float) -> float:
+    """Return the smallest noise multiplier whose epsilon is at most `epsilon` (from below, within 0.1 %).
+
+    Arguments:
+        sampling_probability: q, in (0, 1].
+        rounds: T, number of releases, at least 1.
+        epsilon: The target, > 0.
+        delta: In [1e-12, 1).
+
+    Raises:
+        ConfigError: An argument out of range, or no multiplier between 0.001 and 1,000,000 meets the target.
+    """
+    q, delta = _sampling(sampling_probability), _delta(delta)
+    target = require_number("epsilon", epsilon, above=0)
+    return _calibrate(q, require_count("rounds", rounds, low=1), target, delta)
+
+
+def _sampling(value: float) -> float:
+    return require_number("sampling_probability", value, above=0, high=1, fix="it is cohort / population")
+
+
+def _delta(value: float) -> float:
+    return require_number("delta", value, low=MIN_DELTA, below=1, fix="choose at most 1 / population")
+
+
+@lru_cache(maxsize=8192)
+def _epsilon(q: float, z: float, rounds: int, delta: float, points: int) -> float:
+    if rounds == 0:
+        return 0.0
+    unsampled = _gaussian_epsilon(math.sqrt(rounds) / z, delta)
+    if q == 1.0 or z < _SMALLEST_Z:
+        return unsampled
+    losses = _one_round(q, z, _grid(q, z, rounds, points))
+    return min(unsampled, float(losses.self_compose(rounds).get_epsilon_for_delta(delta - _FFT_DELTA)))
+
+
+def _grid(q: float, z: float, rounds: int, points: int) -> float:
+    """Return the spacing of the loss grid: about `points` points for the losses of one round."""
+    largest = (1 + 20 * z) / (2 * z * z)  # loss without sampling at ten standard deviations
+    one_round = largest + math.log(q) if largest > 600 else math.log1p(q * math.expm1(largest))
+    # Standard deviation of one round's loss: about the first for large z; at most the second for any.
+    spread = min(q * math.sqrt(math.expm1(min(1 / z**2, 700))), 1 / z + math.sqrt(q) / (2 * z * z))
+    composed = 14 * math.sqrt(rounds) * spread
+    # A power of two, so that neighbouring numbers of rounds share one cached distribution.
+    return float(2.0 ** math.floor(math.log2(max(one_round, 1e-9, composed / _COMPOSED) / points)))
+
+
+@lru_cache(maxsize=32)
+def _one_round(q: float, z: float, spacing: float) -> Any:
+    """Return dp-accounting's loss distribution of one round; imported here, for it takes seconds to load."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=z,
+        value_discretization_interval=spacing,
+        sampling_prob=q,
+        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return epsilon of the unsampled Gaussian with sensitivity / standard deviation = mu.
+
+    delta(eps) = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); without the second term it is larger, so the
+    root of the first term alone is an upper bound, which is also all that fp64 can resolve for large mu.
+    """
+    from scipy.special import log_ndtr, ndtri
+
+    high = max(0.0, mu * (mu / 2 - float(ndtri(delta))))
+    if mu > 100:
+        return high * (1 + 1e-12)
+
+    def too_small(value: float) -> bool:
+        first = float(log_ndtr(mu / 2 - value / mu))
+        ratio = value + float(log_ndtr(-mu / 2 - value / mu)) - first
+        return first + math.log(-math.expm1(min(ratio, -1e-300))) > math.log(delta)
+
+    if not too_small(0.0):
+        return 0.0
+    low = 0.0
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_small(middle) else (low, middle)
+    return high
+
+
+@lru_cache(maxsize=256)
+def _calibrate(q: float, rounds: int, target: float, delta: float) -> float:
+    def spent(points: int) -> Callable[[float], float]:
+        return lambda z: _epsilon(q, z, rounds, delta, points)
+
+    low, high = _bracket(spent(_COARSE), target)
+    guess = _narrow(spent(_COARSE), target, low, high)
+    fine = spent(_FINE)
+    low, high = guess / 1.01, guess * 1.001
+    while fine(high) > target:
+        low, high = high, high * 1.01
+    while fine(low) <= target:
+        low, high = low / 1.1, low
+    return _narrow(fine, target, low, high)
+
+
+def _bracket(spent: Callable[[float], float], target: float) -> tuple[float, float]:
+    """Return z that spends too much and z that does not."""
+    low = high = 1.0
+    while spent(high) > target:
+        low, high = high, high * 2
+        if high > _LARGEST_Z:
+            raise ConfigError(
+                f"epsilon = {target} needs a noise multiplier over {_LARGEST_Z:,.0f}; raise epsilon"
+            )
+    while spent(low) <= target:
+        low, high = low / 2, low
+        if low < _SMALLEST_Z:
+            raise ConfigError(
+                f"epsilon = {target} is met almost without noise; lower epsilon or delta to mean something"
+            )
+    return low, high
+
+
+def _narrow(spent: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Return a z that spends 0.9998 to 1 of the target, by false position in log-log scale."""
+    spent_low, spent_high = spent(low), spent(high)
+    for _ in range(60):
+        if spent_high >= target * (1 - 2e-4) or high / low < 1 + 1e-9:
+            break
+        slope = math.log(spent_low / max(spent_high, 1e-12))
+        weight = math.log(spent_low / (target * (1 - 1e-4))) / slope
+        middle = low * (high / low) ** min(max(weight, 0.02), 0.98)
+        if (value := spent(middle)) <= target:
+            high, spent_high = middle, value
+        else:
+            low, spent_low = middle, value
+    return high

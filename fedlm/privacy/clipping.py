@@ -1,0 +1,299 @@
+"""Clipped updates and their exact sum.
+
+A device's update is clipped to L2 norm C and truncated to fixed point (int64, unit C * 2^-40) before
+anything is added to it. Integer sums are associative, therefore
+
+* the sum has the same bits for any number of workers, any grouping and any order of arrival, and
+* the rounding of one device's contribution does not depend on who else is in the cohort. In a floating-point
+sum it
+  does: adding one device changes how all others round, so two neighbouring sums differ by more than one
+  clipped update, and the sensitivity that the noise is calibrated to is not the true one.
+
+Truncation is toward zero and the clip leaves a margin of 2^-20 for the rounding of the norm and of the
+factor, so the integer vector of a device has an exact L2 norm of at most 2^40 units, that is C.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.errors import BudgetExceededError, ConfigError, DataError
+from fedlm.privacy.ranges import require_count, require_number
+
+FRACTION_BITS = 40
+CAPACITY = 2**22
+CAPACITY_UNCLIPPED = 2**16
+
+_UNITS = 2.0**FRACTION_BITS
+_MARGIN = 2.0**-20
+_ARRIVAL_MARGIN = 2.0**-30
+_UNCLIPPED_PEAK = float(2**62 // CAPACITY_UNCLIPPED) / _UNITS
+_CHUNK = 16_384
+# OpenBLAS splits longer dot products over threads, and the last bit of the norm would then depend on their
+# number.
+_DOT = 8_192
+_TOKEN = object()
+
+IntVector = npt.NDArray[np.int64]
+FloatVector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """What clipping did to one device: private data of that device, for sinks marked non-private only."""
+
+    norm: float
+    clipped: bool
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Clipper:
+    """The part of a plan that a node gets: it can clip and sum, and knows neither seed nor noise.
+
+    Arguments:
+        clip_norm: C, or infinity when the plan does not clip.
+    """
+
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        """Refuse norms whose fixed-point factors would leave the range of fp64."""
+        if self.clip_norm != math.inf:
+            require_number("privacy.clip_norm", self.clip_norm, low=1e-12, high=1e12)
+
+    @property
+    def unit(self) -> float:
+        """What 1 in the integer vector stands for."""
+        return 1 / _UNITS if self.clip_norm == math.inf else self.clip_norm / _UNITS
+
+    @property
+    def capacity(self) -> int:
+        """How many devices one sum can hold without overflow."""
+        return CAPACITY_UNCLIPPED if self.clip_norm == math.inf else CAPACITY
+
+    def new_sum(self, size: int) -> ClippedSum:
+        """Return an empty sum of `size` coordinates."""
+        return ClippedSum(size, self, token=_TOKEN)
+
+    def sum_from_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> ClippedSum:
+        """Return the sum that `ClippedSum.to_arrays` took apart; see `ClippedSum.from_arrays`."""
+        return ClippedSum.from_arrays(vector, fields, clipper=self)
+
+
+class ClippedSum:
+    """The exact sum of clipped updates: the only thing that `PrivacyPlan.release` takes.
+
+    Made by `PrivacyPlan.new_sum` (or a node's `Clipper`), filled by `add`, which clips. A sum counts once:
+    `add_sum` and `release` empty what they consume, and an emptied sum refuses all further use.
+
+    Guarantee:
+        Adding or removing one device changes the integer vector by a vector of exact L2 norm at most C (2^40
+        units), whatever that device computed, and changes nothing else but `num_devices`.
+
+    Edge cases:
+        | update | contributes | record |
+        |---|---|---|
+        | NaN or infinity anywhere | zero | finite=False |
+        | all zero, denormal | itself, truncated to the unit | clipped=False |
+        | norm > C (1 - 2^-20) | scaled to that norm | clipped=True |
+        | no clipping, a coordinate beyond 64 in size | zero (it could overflow) | finite=False |
+    """
+
+    __slots__ = ("_clipper", "_fixed", "_num_devices", "_size", "_vector", "_wide")
+
+    def __init__(self, size: int, clipper: Clipper, *, token: object = None) -> None:
+        """Only `Clipper` calls this."""
+        if token is not _TOKEN:
+            raise TypeError("ClippedSum cannot be built directly; use PrivacyPlan.new_sum(size)")
+        self._size = require_count("size", size, low=1)
+        self._clipper = clipper
+        self._num_devices = 0
+        self._vector: IntVector | None = np.zeros(size, np.int64)  # (P,)
+        self._wide = np.empty(min(size, _CHUNK), np.float64)
+        self._fixed = np.empty(min(size, _CHUNK), np.int64)
+
+    @property
+    def size(self) -> int:
+        """Coordinates P."""
+        return self._size
+
+    @property
+    def clip_norm(self) -> float:
+        """C, or infinity without clipping."""
+        return self._clipper.clip_norm
+
+    @property
+    def num_devices(self) -> int:
+        """Devices added so far, those that contributed zero included."""
+        return self._num_devices
+
+    def add(self, update: FloatVector) -> ClipRecord:
+        """Clip one device's whole update and add it.
+
+        Arguments:
+            update: (P,) fp32, the device's update before any clipping.
+
+        Returns:
+            The norm before the clip, whether it was clipped, whether it was finite.
+
+        Raises:
+            DataError: Wrong type, dtype or size.
+            ConfigError: More devices than the sum can hold.
+        """
+        total = self._live()
+        if type(update) is not np.ndarray or update.dtype != np.float32 or update.shape != (self._size,):
+            found = (
+                f"{getattr(update, 'dtype', type(update).__name__)} {getattr(update, 'shape', '')}".strip()
+            )
+            raise DataError(f"update is {found}, must be a plain float32 array of shape ({self._size},)")
+        self._reserve(1)
+        squares = self._squares(update)
+        norm = math.sqrt(math.fsum(squares))
+        self._num_devices += 1
+        if not self._fits(update, norm):
+            return ClipRecord(norm=norm, clipped=False, finite=False)
+        limit = self.clip_norm * (1 - _MARGIN)
+        clipped = norm > limit
+        factor = (limit / norm if clipped else 1.0) / self._clipper.unit
+        self._accumulate(total, update, factor, squares)
+        return ClipRecord(norm=norm, clipped=clipped, finite=True)
+
+    def add_sum(self, other: ClippedSum) -> None:
+        """Add another sum of the same plan and size, and empty it, so that it cannot be counted twice.
+
+        Raises:
+            DataError: Not a sum of the same clip norm and size, or the same object.
+            ConfigError: More devices than the sum can hold.
+        """
+        total = self._live()
+        if not isinstance(other, ClippedSum) or other is self:
+            raise DataError(f"cannot add {type(other).__name__}; add_sum takes another ClippedSum")
+        if (other.size, other.clip_norm) != (self.size, self.clip_norm):
+            raise DataError(
+                f"sum of size {other.size:,} and clip norm {other.clip_norm} does not fit "
+                f"size {self.size:,} and clip norm {self.clip_norm}; use one plan and one update layout"
+            )
+        addend = other._live()
+        self._reserve(other.num_devices)
+        total += addend
+        self._num_devices += other.num_devices
+        other._vector = None
+
+    def to_arrays(self) -> tuple[IntVector, dict[str, int | float]]:
+        """Return what travels: a read-only view of the vector (P,), and its fields."""
+        view = self._live().view()
+        view.flags.writeable = False
+        return view, {"clip_norm": self.clip_norm, "num_devices": self._num_devices}
+
+    @classmethod
+    def from_arrays(
+        cls, vector: IntVector, fields: dict[str, int | float], *, clipper: Clipper
+    ) -> ClippedSum:
+        """Rebuild a sum that came over the wire; the aggregating side calls this, through its own plan.
+
+        The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C.
+        For a reply of one device this is the exact clip bound, so a device that did not clip is refused here.
+
+        Arguments:
+            vector: (P,) int64; copied.
+            fields: As `to_arrays` returned them.
+            clipper: The receiver's own, never the sender's.
+
+        Raises:
+            DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum.
+        """
+        if type(vector) is not np.ndarray or vector.dtype != np.int64 or vector.ndim != 1 or not vector.size:
+            raise DataError(
+                "a clipped sum must be a non-empty int64 vector; send what ClippedSum.to_arrays returns"
+            )
+        num_devices = fields.get("num_devices")
+        if set(fields) != {"clip_norm", "num_devices"} or type(num_devices) is not int:
+            raise DataError(f"a clipped sum has fields {sorted(fields)}, must have clip_norm and num_devices")
+        if fields["clip_norm"] != clipper.clip_norm:
+            raise DataError(
+                f"sum was clipped to {fields['clip_norm']}, this plan clips to {clipper.clip_norm}"
+            )
+        if not 0 <= num_devices <= clipper.capacity:
+            raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {clipper.capacity:,}")
+        result = clipper.new_sum(vector.size)
+        np.copyto(result._live(), vector)
+        result._num_devices = num_devices
+        result._check_magnitude()
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse pickling and copying: a copy could be counted twice, unchecked."""
+        raise TypeError(
+            "ClippedSum is neither pickled nor copied; send to_arrays() and use sum_from_arrays()"
+        )
+
+    def _take(self) -> IntVector:
+        """Return the vector (P,) and empty the sum; `PrivacyPlan.release` alone calls this."""
+        vector = self._live()
+        self._vector = None
+        return vector
+
+    def _live(self) -> IntVector:
+        if self._vector is None:
+            raise BudgetExceededError(
+                "this ClippedSum was already released or added to another; start a new sum"
+            )
+        return self._vector
+
+    def _reserve(self, num_more: int) -> None:
+        if self._num_devices + num_more > self._clipper.capacity:
+            raise ConfigError(
+                f"a sum of {self._num_devices + num_more:,} devices could overflow, "
+                f"allowed are {self._clipper.capacity:,}; use a smaller fleet.cohort"
+            )
+
+    def _squares(self, vector: FloatVector | IntVector) -> list[float]:
+        """Return the sum of squares of each chunk, in fp64; not finite exactly where the chunk is not."""
+        squares = []
+        with np.errstate(all="ignore"):
+            for start in range(0, self._size, _CHUNK):
+                chunk = vector[start : start + _CHUNK]
+                wide = self._wide[: chunk.size]
+                np.copyto(wide, chunk)
+                squares.append(
+                    float(np.dot(wide[:_DOT], wide[:_DOT])) + float(np.dot(wide[_DOT:], wide[_DOT:]))
+                )
+        return squares
+
+    def _fits(self, update: FloatVector, norm: float) -> bool:
+        """Return whether the update is finite and, without clipping, small enough never to overflow."""
+        if not math.isfinite(norm) or self.clip_norm != math.inf:
+            return math.isfinite(norm)
+        return max(float(update.max()), -float(update.min())) <= _UNCLIPPED_PEAK
+
+    def _accumulate(self, total: IntVector, update: FloatVector, factor: float, squares: list[float]) -> None:
+        """Add trunc(update * factor) chunk by chunk; chunks that are exactly zero are skipped."""
+        for index, square in enumerate(squares):
+            if square == 0.0:
+                continue
+            part = slice(index * _CHUNK, (index + 1) * _CHUNK)
+            chunk = update[part]
+            fixed = self._fixed[: chunk.size]
+            # Multiplies in fp64; the cast to int64 truncates toward zero.
+            np.multiply(chunk, factor, out=fixed, dtype=np.float64, casting="unsafe")
+            np.add(total[part], fixed, out=total[part])
+
+    def _check_magnitude(self) -> None:
+        vector = self._live()
+        if self.clip_norm == math.inf:
+            size = max(int(vector.max()), -int(vector.min())) / _UNITS
+            allowed = self._num_devices * _UNCLIPPED_PEAK
+        else:
+            size = math.sqrt(math.fsum(self._squares(vector))) * self._clipper.unit
+            allowed = self._num_devices * self.clip_norm * (1 - _ARRIVAL_MARGIN)
+        if size > allowed:
+            raise DataError(
+                f"sum of {self._num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; "
+                "the sender did not clip"
+            )

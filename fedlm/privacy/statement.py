@@ -1,0 +1,90 @@
+"""What a plan promises, in words and in figures, with the stamps that take it back where it does not hold."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlm.privacy.terms import PrivacyTerms
+
+_UNIT = "user (all data of one device)"
+_ADJACENCY = "add or remove one user"
+
+
+def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
+    """Return the warnings that everything made under these terms carries; none if the guarantee is real."""
+    if not terms.enabled:
+        return ("NOT PRIVATE: privacy.enabled is false, updates are neither clipped nor noised",)
+    found = []
+    if terms.reproducible_noise:
+        found.append(
+            "NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise"
+        )
+    if terms.mimics:
+        accounted, real = terms.epsilon(terms.rounds), terms.epsilon_of_this_fleet(terms.rounds)
+        found.append(
+            f"no guarantee for this model: epsilon {_up(accounted)} is that of {terms.expected_cohort:,} of "
+            f"{terms.population:,} users a round; the simulated {terms.cohort:,} of {terms.fleet_size:,} got "
+            f"epsilon {_up(real)}"
+        )
+    return tuple(found)
+
+
+def statement(terms: PrivacyTerms) -> str:
+    """Return the guarantee with every figure it rests on, and the stamps."""
+    if not terms.enabled:
+        return stamps(terms)[0] + "."
+    epsilon = _up(terms.epsilon(terms.rounds))
+    guarantee = (
+        f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {_UNIT}; "
+        f"adjacency: {_ADJACENCY}) for all {terms.rounds:,} releases together: Poisson sampling at "
+        f"q = {terms.expected_cohort:,} / {terms.population:,} = {terms.sampling_probability:.4g}, Gaussian "
+        f"mechanism with noise multiplier z = {terms.noise_multiplier:.4g}, clip norm C = {terms.clip_norm:g}, "
+        "PLD accounting."
+    )
+    secret = (
+        "It holds against those who see only the releases; the seed decides the cohorts and must stay secret."
+    )
+    return " ".join([guarantee, secret, *(f"{stamp}." for stamp in stamps(terms))])
+
+
+def figures(terms: PrivacyTerms) -> dict[str, object]:
+    """Return the same as JSON-ready values; infinities are None, the seed is not among them."""
+    return {
+        "enabled": terms.enabled,
+        "unit": _UNIT,
+        "adjacency": _ADJACENCY,
+        "sampler": "poisson",
+        "mechanism": terms.mechanism,
+        "accountant": "pld",
+        "epsilon": _finite(terms.epsilon(terms.rounds)),
+        "epsilon_of_this_fleet": _finite(terms.epsilon_of_this_fleet(terms.rounds)),
+        "epsilon_target": terms.epsilon_target,
+        "delta": terms.delta,
+        "noise_multiplier": terms.noise_multiplier,
+        "clip_norm": _finite(terms.clip_norm),
+        "rounds": terms.rounds,
+        "sampling_probability": terms.sampling_probability,
+        "population": terms.population,
+        "expected_cohort": terms.expected_cohort,
+        "fleet_size": terms.fleet_size,
+        "cohort": terms.cohort,
+        "reproducible_noise": terms.reproducible_noise,
+        "statement": statement(terms),
+        "stamps": list(stamps(terms)),
+    }
+
+
+def _up(value: float) -> str:
+    """Return an epsilon rounded up to four digits: a printed figure never promises more than was computed."""
+    if not math.isfinite(value):
+        return "infinity"
+    if value == 0:
+        return "0"
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return f"{math.ceil(value / step) * step:.4g}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

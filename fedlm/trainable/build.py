@@ -1,0 +1,141 @@
+"""What trains in a model: LoRA adapters, biases, dense tensors and embedding rows become one `UpdateSpec`.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) comes from peft: `W x + (alpha / R) B A x`, A (R, in), B (out, R), B zero at
+first. With `freeze_a` (FFA-LoRA, Sun et al. 2024) only B trains: half the payload, and the mean of the devices' B is
+exact because A is common to all.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlm.config.schema import Config, LoraConfig
+from fedlm.errors import ConfigError
+from fedlm.models.base import LanguageModel
+from fedlm.models.weights import thaw
+from fedlm.randomness import seed_key, stream
+from fedlm.trainable.spec import BlockKind, UpdateSpec, Vector
+
+INPUT_TABLE, OUTPUT_TABLE, OUTPUT_BIAS = "input_table", "output_table", "output_bias"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model and what trains in it.
+
+    Arguments:
+        model: With adapters injected; every tensor outside `parameters` is frozen.
+        parameters: The trained tensors of the body, by block name.
+        spec: The full spec: `parameters`, then the tables if embedding rows train.
+    """
+
+    model: LanguageModel
+    parameters: Mapping[str, nn.Parameter]
+    spec: UpdateSpec
+
+    def initial_values(self) -> Vector:
+        """Return the full vector (P_full,) of the model as it stands."""
+        values = np.empty(self.spec.size, np.float32)
+        tables = {INPUT_TABLE: self.model.input_table, OUTPUT_TABLE: self.model.output_table}
+        if self.model.output_bias is not None:
+            tables[OUTPUT_BIAS] = self.model.output_bias
+        for name, view in self.spec.views(values).items():
+            source = self.parameters[name] if name in self.parameters else tables[name]
+            view[...] = source.detach().numpy()
+        return values
+
+    def bind_tables(self, values: Vector) -> None:
+        """Make the model read its trainable tables straight from a full vector, sharing its memory."""
+        views = {b.name: torch.from_numpy(b.view(values)) for b in self.spec.row_blocks}
+        if views:
+            self.model.set_tables(
+                input_table=views[INPUT_TABLE],
+                output_table=views.get(OUTPUT_TABLE),
+                output_bias=views.get(OUTPUT_BIAS),
+            )
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Vector]) -> None:
+        """Copy block values into the body's trained tensors."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(torch.from_numpy(values[name]))
+
+
+def build_trainable(model: LanguageModel, config: Config) -> Trainable:
+    """Inject adapters, freeze the rest, and lay out the update vector.
+
+    Raises:
+        ConfigError: A pattern of `trainable.dense` matches nothing, or nothing at all trains.
+    """
+    body = dict(model.body_parameters())
+    kinds: dict[str, BlockKind] = dict.fromkeys(_dense_names(body, config.trainable.dense), "dense")
+    if config.trainable.bias:
+        kinds |= dict.fromkeys((n for n in body if n.rpartition(".")[2] == "bias"), "bias")
+    originals = {id(p): name for name, p in body.items()}
+    if config.trainable.lora.rank:
+        _inject_lora(model, config.trainable.lora, config.seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    parameters: dict[str, nn.Parameter] = {}
+    parts: list[tuple[str, BlockKind, tuple[int, ...]]] = []
+    for name, parameter in model.body_parameters():
+        kind = _lora_kind(name, config.trainable.lora.freeze_a) or kinds.get(originals.get(id(parameter), ""))
+        if kind is not None:
+            parameters[name] = thaw(parameter)
+            parts.append((name, kind, tuple(parameter.shape)))
+    if config.trainable.embedding_rows.count:
+        parts += _row_parts(model)
+    if not parts:
+        raise ConfigError(
+            "nothing trains: trainable has no LoRA rank, bias, dense tensor or embedding row that this model has"
+        )
+    return Trainable(model, parameters, UpdateSpec.build(parts))
+
+
+def _row_parts(model: LanguageModel) -> list[tuple[str, BlockKind, tuple[int, ...]]]:
+    shape = (model.vocabulary_size, model.d_model)
+    parts: list[tuple[str, BlockKind, tuple[int, ...]]] = [(INPUT_TABLE, "rows", shape)]
+    if not model.tied:
+        parts.append((OUTPUT_TABLE, "rows", shape))
+    if model.output_bias is not None:
+        parts.append((OUTPUT_BIAS, "rows", shape[:1]))
+    return parts
+
+
+def _dense_names(body: Mapping[str, nn.Parameter], patterns: tuple[str, ...]) -> list[str]:
+    names: list[str] = []
+    for pattern in patterns:
+        found = fnmatch.filter(body, pattern)
+        if not found:
+            raise ConfigError(f"trainable.dense pattern {pattern!r} matches no tensor; there are {', '.join(body)}")
+        names += found
+    return names
+
+
+def _lora_kind(name: str, freeze_a: bool) -> BlockKind | None:
+    if ".lora_A." in name:
+        return None if freeze_a else "lora_a"
+    return "lora_b" if ".lora_B." in name else None
+
+
+def _inject_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
+    """Let peft wrap the target modules, then draw A from the experiment's own stream instead of torch's global one."""
+    import peft
+
+    adapter = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=model.named_linear_targets(config.targets)
+    )
+    peft.inject_adapter_in_model(adapter, model)
+    key = seed_key(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter.shape[1])  # peft's kaiming_uniform with a = sqrt(5)
+            draw = stream(key, f"lora/{name}").uniform(-bound, bound, tuple(parameter.shape))
+            parameter.data.copy_(torch.from_numpy(draw.astype(np.float32)))

@@ -1,0 +1,207 @@
+"""One device's local training: the reference program (METHODS.md section 1).
+
+The device takes the current model, trains on its own text with plain SGD and returns the difference. It works on a
+compact table: only the embedding rows that its text and its negatives touch are copied, and only those of the round's
+public row set move. Rows of the set that it does not touch are zeros in its update, which has the same length for
+every device.
+
+With the full softmax every word is in play, and the compact table is the whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedlm.config.schema import Config
+from fedlm.data.batching import Batch, local_batches
+from fedlm.losses.full_softmax import full_softmax_loss
+from fedlm.losses.nce import nce_loss, sampled_softmax_loss
+from fedlm.losses.negatives import NoiseDistribution
+from fedlm.randomness import stream
+from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
+from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What one device's training gives.
+
+    Arguments:
+        update: (P,) new minus old values, before clipping.
+        loss: Mean training loss over the device's steps; never leaves the device except as a non-private diagnostic.
+        num_tokens: Targets trained on.
+    """
+
+    update: Vector
+    loss: float
+    num_tokens: int
+
+
+class LocalTrainer:
+    """Trains devices one at a time on a model in this process.
+
+    Arguments:
+        trainable: The model and what trains in it; its tables must be bound to the current full vector.
+        config: The experiment.
+        frequencies: Public word frequencies (V,).
+    """
+
+    def __init__(self, trainable: Trainable, config: Config, frequencies: npt.NDArray[np.float64]) -> None:
+        self._trainable = trainable
+        self._config = config
+        self._frequencies = frequencies
+        self._local_index = torch.zeros(trainable.model.vocabulary_size, dtype=torch.int64)  # (V,) scratch
+
+    def start_round(self, spec: UpdateSpec, values: Vector) -> None:
+        """Prepare for the devices of one round.
+
+        Arguments:
+            spec: The round's spec.
+            values: (P_full,) current values of everything that trains.
+        """
+        full = spec.full or spec
+        self._spec = spec
+        self._fixed = {b.name: b.view(values) for b in full.blocks if b.kind != "rows"}
+        rows = spec.row_ids
+        if rows is None:
+            rows = np.arange(self._trainable.model.vocabulary_size if spec.row_blocks else 0)
+        self._noise = NoiseDistribution(self._frequencies, self._config.loss, rows)
+        self._log_expected = torch.from_numpy(self._noise.log_expected)  # (V,)
+        self._slot = np.full(self._trainable.model.vocabulary_size, -1, np.int64)  # (V,) place in the row set or -1
+        self._slot[rows] = np.arange(len(rows))
+
+    def train(self, tokens: npt.NDArray[np.int32], *, key: bytes, device: int) -> LocalResult:
+        """Train one device.
+
+        Arguments:
+            tokens: The device's token stream (n,).
+            key: The round's key.
+            device: The device's number; with the key it decides shuffling, negatives and dropout.
+
+        Returns:
+            The device's update, not clipped yet.
+        """
+        local = self._config.local
+        batches = list(
+            local_batches(
+                tokens,
+                length=self._config.data.sequence_length,
+                batch_size=local.batch_size,
+                epochs=local.epochs,
+                generator=stream(key, "shuffle", device),
+            )
+        )
+        self._trainable.model.seed_dropout(int(stream(key, "dropout", device).integers(2**63)))
+        negatives = self._draw_negatives(len(batches), stream(key, "negatives", device))
+        self._trainable.load(self._fixed)
+        self._trainable.model.train()
+        tables = self._compact_tables(batches, negatives)
+        losses, num_tokens = [], 0
+        for step, batch in enumerate(batches):
+            loss, count = self._step(tables, batch, negatives[step] if negatives else None)
+            losses.append(loss)
+            num_tokens += count
+        return LocalResult(self._update(tables), float(np.mean(losses)) if losses else 0.0, num_tokens)
+
+    def _draw_negatives(self, num_steps: int, rng: np.random.Generator) -> list[RowIds]:
+        if self._config.loss.kind == "full_softmax":
+            return []
+        return [self._noise.draw(rng) for _ in range(num_steps)]
+
+    def _compact_tables(self, batches: list[Batch], negatives: list[RowIds]) -> _CompactTables:
+        model = self._trainable.model
+        if self._config.loss.kind == "full_softmax":
+            ids = np.arange(model.vocabulary_size)
+        else:
+            used = [a.ravel() for b in batches for a in (b.inputs, b.targets)] + negatives
+            ids = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
+        moving = self._slot[ids] >= 0
+        ids = np.concatenate([ids[moving], ids[~moving]])  # (L,) rows of the round's set first
+        self._local_index[torch.from_numpy(ids)] = torch.arange(len(ids))
+        return _CompactTables(self._trainable, ids, int(moving.sum()))
+
+    def _step(self, tables: _CompactTables, batch: Batch, negatives: RowIds | None) -> tuple[float, int]:
+        """One SGD step; returns the loss and the number of targets."""
+        model, index = self._trainable.model, self._local_index
+        inputs = index[torch.from_numpy(batch.inputs)]  # (B, T)
+        mask = torch.from_numpy(batch.mask)  # (B, T)
+        counted = mask
+        if self._config.loss.negatives_from == "rows":
+            counted = mask & torch.from_numpy(self._slot[batch.targets] >= 0)
+        targets = index[torch.from_numpy(batch.targets)[counted]]  # (N,)
+        if not len(targets):
+            return 0.0, 0
+        hidden = model.body(model.embed(tables.input[inputs]), mask)[counted]  # (N, D)
+        loss = self._loss(hidden, targets, tables, negatives)
+        if not loss.requires_grad:
+            return float(loss), len(targets)
+        tensors = [*self._trainable.parameters.values(), *tables.leaves()]
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        rate = self._config.local.learning_rate
+        num_dense = len(self._trainable.parameters)
+        with torch.no_grad():
+            for tensor, gradient in zip(tensors[:num_dense], gradients[:num_dense], strict=True):
+                if gradient is not None:
+                    tensor.sub_(gradient, alpha=rate)
+            for tensor, gradient in zip(tensors[num_dense:], gradients[num_dense:], strict=True):
+                if gradient is not None:
+                    tensor[: tables.num_moving].sub_(gradient[: tables.num_moving], alpha=rate)
+        return float(loss.detach()), len(targets)
+
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, tables: _CompactTables, negatives: RowIds | None
+    ) -> Tensor:
+        config = self._config.loss
+        if negatives is None:
+            return full_softmax_loss(hidden, targets, tables.output, tables.bias, config.chunk)
+        loss = nce_loss if config.kind == "nce" else sampled_softmax_loss
+        local_negatives = self._local_index[torch.from_numpy(negatives)]  # (K,)
+        log_expected = self._log_expected[tables.ids]  # (L,)
+        return loss(hidden, targets, local_negatives, tables.output, tables.bias, log_expected)
+
+    @torch.no_grad()
+    def _update(self, tables: _CompactTables) -> Vector:
+        update = np.zeros(self._spec.size, np.float32)
+        views = self._spec.views(update)
+        for name, parameter in self._trainable.parameters.items():
+            np.subtract(parameter.numpy(), self._fixed[name], out=views[name])
+        slots = self._slot[tables.ids[: tables.num_moving].numpy()]
+        for name, moved in tables.moved():
+            views[name][slots] = moved.numpy()
+        return update
+
+
+class _CompactTables:
+    """Copies of the embedding rows in play; the first `num_moving` train."""
+
+    def __init__(self, trainable: Trainable, ids: RowIds, num_moving: int) -> None:
+        model = trainable.model
+        self.ids = torch.from_numpy(ids)  # (L,)
+        self.num_moving = num_moving
+        self._sources = {INPUT_TABLE: model.input_table}
+        if not model.tied:
+            self._sources[OUTPUT_TABLE] = model.output_table
+        if model.output_bias is not None:
+            self._sources[OUTPUT_BIAS] = model.output_bias
+        trains = num_moving > 0
+        self._local = {name: t[self.ids].requires_grad_(trains) for name, t in self._sources.items()}
+        self.input = self._local[INPUT_TABLE]  # (L, D)
+        self.output = self._local.get(OUTPUT_TABLE, self.input)  # (L, D)
+        self.bias = self._local.get(OUTPUT_BIAS)  # (L,) or None
+
+    def leaves(self) -> list[Tensor]:
+        """The tables to differentiate."""
+        return list(self._local.values()) if self.num_moving else []
+
+    def moved(self) -> Iterator[tuple[str, Tensor]]:
+        """The change of each table's moving rows."""
+        if self.num_moving:
+            head = self.ids[: self.num_moving]
+            for name, local in self._local.items():
+                yield name, local[: self.num_moving] - self._sources[name][head]

@@ -1,0 +1,334 @@
+"""The round loop: one for simulation, `flwr run` and real fleets.
+
+A round: sample a cohort, send work, add up exact sums, release one noised mean, make it durable, let the strategy step,
+evaluate. Nothing of a round reaches metrics, nodes or the strategy before its release is in the journal.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from fedlm.config.load import config_hash
+from fedlm.data.batching import evaluation_users
+from fedlm.experiment import Experiment
+from fedlm.flower_records import from_records, to_records
+from fedlm.losses.evaluation import Score
+from fedlm.messages import (
+    EMPTY_IDS,
+    EMPTY_VECTOR,
+    FROM_SCRATCH,
+    Broadcast,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    TrainRequest,
+)
+from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.plan import PrivacyPlan
+from fedlm.randomness import round_key, seed_key, stream
+from fedlm.strategy import Release, Strategy, StrategyState
+from fedlm.trainable.rows import row_set
+from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
+from server.dispatch import Dispatcher, Records
+from server.payload import DownloadMeter
+from server.rounds import CohortReport, json_number
+from server.run_folder import RunFolder
+
+Listener = Callable[[dict[str, object]], None]
+USERS_PER_EVALUATION = 8
+
+
+class Engine:
+    """Runs the rounds of one experiment.
+
+    Arguments:
+        grid: Any Flower grid whose nodes run `clients.app`.
+        experiment: Config, vocabulary and data.
+        plan: The privacy plan.
+        strategy: The aggregation strategy.
+        spec: The full spec of what trains.
+        values: (P_full,) the base's values.
+        folder: The run folder.
+        listener: Receives progress events.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        *,
+        plan: PrivacyPlan,
+        strategy: Strategy,
+        spec: UpdateSpec,
+        values: Vector,
+        folder: RunFolder,
+        listener: Listener,
+    ) -> None:
+        self._config = experiment.config
+        self._experiment, self._plan, self._strategy, self._spec = experiment, plan, strategy, spec
+        self._folder, self._listener = folder, listener
+        self._grid = grid
+        self._dispatcher = Dispatcher(grid, self._config.execution.worker_timeout_s, self._lost)
+        self._state = strategy.init(spec, values)
+        self._meter = DownloadMeter(spec, plan.fleet_size, self._config.rounds)
+        self._eval_requests = self._plan_evaluation()
+        self._bytes_up = self._bytes_down = 0
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._round, self._peak_mb = 0, 0.0
+        self._diagnostics: dict[str, float] = {}
+
+    @property
+    def state(self) -> StrategyState:
+        """The current server state."""
+        return self._state
+
+    def start(self) -> None:
+        """Open the ledger, store the base as round 0 and score it."""
+        self._folder.ledger(self._start_event())
+        self._checkpoint()
+        self._folder.metric(self._metric_line(None, self._evaluate()))
+
+    def resume(self) -> None:
+        """Go back to the newest state on disk and replay the journal; released rounds are never released again."""
+        checkpoint = self._folder.last_checkpoint()
+        if checkpoint is None:  # killed before the base was stored: nothing was released
+            self.start()
+            return
+        done, arrays, meta = checkpoint
+        slots = {name.removeprefix("slot."): a for name, a in arrays.items() if name.startswith("slot.")}
+        self._state = StrategyState(arrays["values"], slots, meta["num_steps"])
+        for t in range(1, done + 1):
+            self._meter_round(t, self._plan.sample_cohort(t), self._rows(t))
+        for t, released in self._folder.releases(after=done):
+            self._meter_round(t, self._plan.sample_cohort(t), self._rows(t))
+            self._step(t, self._plan.new_sum(self._spec_of(t).size), lambda _, mean=released["mean"]: mean)
+            done = t
+        self._round = done
+        self._mend_lines(done)
+        self._folder.ledger({"event": "resume", "round": done, "time": _now()})
+
+    def _mend_lines(self, done: int) -> None:
+        """Bring metrics and ledger to the last released round, which may have died before it wrote them."""
+        kept = self._folder.rewind(done)
+        self._seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
+        if kept and kept[-1]["round"] == done:
+            return
+        self._folder.rewind(done - 1)
+        record = self._folder.release_record(done) if done else {"metrics": None, "ledger": []}
+        for line in record["ledger"]:
+            self._folder.ledger(line)
+        self._folder.metric(self._metric_line(record["metrics"], self._evaluate() if self._due(done) else None))
+
+    def run(self) -> None:
+        """Train the rounds that are left; Ctrl-C leaves a checkpoint.
+
+        Raises:
+            BudgetExceededError: Before the round that would exceed the privacy budget.
+            KeyboardInterrupt: After the checkpoint was written.
+        """
+        try:
+            for t in range(self._state.num_steps + 1, self._config.rounds + 1):
+                self._plan.check_release(t - 1)
+                self._train_round(t)
+        except BaseException as error:
+            self._checkpoint()
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._folder.ledger(self._end_event(status))
+            raise
+        self._checkpoint()
+        self._folder.ledger(self._end_event("finished"))
+
+    def _train_round(self, t: int) -> None:
+        self._round, started = t, time.monotonic()
+        cohort, spec = self._plan.sample_cohort(t), self._spec_of(t)
+        total, report = self._collect(t, cohort, spec)
+        up, down = self._meter_round(t, cohort, self._rows(t))
+        record: dict[str, Any] = {}
+
+        def mean(total: ClippedSum) -> Vector:
+            released = self._plan.release(total, t)
+            seconds = time.monotonic() - started
+            metrics = self._round_metrics(t, released, report, seconds)
+            record.update(metrics=metrics, ledger=report.ledger_lines(t, up, down, seconds))
+            self._folder.write_release(t, {"mean": released}, record)
+            return released
+
+        self._step(t, total, mean)
+        for line in record["ledger"]:
+            self._folder.ledger(line)
+        if t % self._config.execution.checkpoint_every == 0 and t < self._config.rounds:
+            self._checkpoint()
+        score = self._evaluate() if self._due(t) else None
+        line = self._metric_line(record["metrics"], score)
+        self._folder.metric(line)
+        self._announce(t, line, len(cohort) / max(time.monotonic() - started, 1e-9))
+
+    def _step(self, t: int, total: ClippedSum, mean: Callable[[ClippedSum], Vector]) -> None:
+        state = replace(self._state, total=None)
+        state = self._strategy.accumulate(state, total)
+        self._state, self._diagnostics = self._strategy.finish(state, Release(self._spec_of(t), mean))
+
+    def _collect(self, t: int, cohort: RowIds, spec: UpdateSpec) -> tuple[ClippedSum, CohortReport]:
+        """Let the nodes train the cohort; returns the exact sum and what the simulation saw."""
+        total, report = self._plan.new_sum(spec.size), CohortReport(len(cohort))
+        requests = [TrainRequest(part, self._plan.clip_norm) for part in self._pieces(cohort)]
+        for _, records in self._dispatch("train", requests, t - 1):
+            reply = from_records(TrainReply, "reply", records)
+            fields = {"clip_norm": self._plan.clip_norm, "num_devices": reply.num_devices}
+            total.add_sum(self._plan.sum_from_arrays(reply.total, fields))
+            report.add(reply)
+            self._peak_mb = max(self._peak_mb, reply.peak_mb)
+            self._listener({"event": "device_done", "round": t, "done": report.done, "total": len(cohort)})
+        return total, report
+
+    def _pieces(self, cohort: RowIds) -> list[RowIds]:
+        """Cut the cohort so that every node gets a few pieces; the cut does not change the sum."""
+        group = self._config.execution.group_size
+        wanted = -(-len(cohort) // (4 * max(len(self._dispatcher.wait_for_nodes()), 1)))
+        size = min(max(wanted, group), 4 * group)
+        return [cohort[start : start + size] for start in range(0, len(cohort), size)]
+
+    def _dispatch(self, kind: str, requests: list[Any], version: int) -> Any:
+        broadcast = self._broadcast(version, whole=False)
+        yield from self._dispatcher.run(
+            kind,
+            requests,
+            group_id=f"{version}",
+            broadcast=broadcast,
+            full_broadcast=lambda: self._broadcast(version, whole=True),
+        )
+
+    def _broadcast(self, version: int, *, whole: bool) -> Records:
+        """Return the records of the broadcast that takes nodes to `version` and opens the round after it."""
+        next_round = version + 1
+        rows, patch, source = EMPTY_IDS, EMPTY_VECTOR, version
+        if whole:
+            patch, source = self._state.values, FROM_SCRATCH
+        elif version > 0:
+            rows, source = self._rows(version), version - 1
+            patch = self._spec_of(version).gather(self._state.values)
+        message = Broadcast(
+            run=str(self._folder.path),
+            from_version=source,
+            to_version=version,
+            patch_rows=rows,
+            patch=patch,
+            row_ids=self._rows(next_round),
+            key=round_key(self._config.seed, next_round),
+        )
+        return to_records("broadcast", message)
+
+    def _plan_evaluation(self) -> list[EvaluateRequest]:
+        rng = stream(seed_key(self._config.seed), "evaluation")
+        users = evaluation_users(self._experiment.store, self._config.data.max_eval_tokens, rng)
+        step = USERS_PER_EVALUATION
+        return [EvaluateRequest(users[i : i + step]) for i in range(0, len(users), step)]
+
+    def _evaluate(self) -> Score:
+        """Score the held-out users; parts are added in a fixed order, so the figure does not depend on the workers."""
+        parts: dict[int, Score] = {}
+        for index, records in self._dispatch("evaluate", self._eval_requests, self._state.num_steps):
+            reply = asdict(from_records(EvaluateReply, "reply", records))
+            del reply["stale"]
+            parts[index] = Score(**reply)
+        return sum((parts[i] for i in range(len(parts))), Score())
+
+    def _due(self, t: int) -> bool:
+        every = self._config.execution.eval_every
+        return t in (0, self._config.rounds) or (every > 0 and t % every == 0)
+
+    def _rows(self, t: int) -> RowIds:
+        rows = self._config.trainable.embedding_rows
+        return row_set(rows, self._experiment.vocabulary.frequencies, seed=self._config.seed, round_number=t)
+
+    def _spec_of(self, t: int) -> UpdateSpec:
+        return self._spec.with_rows(self._rows(t))
+
+    def _meter_round(self, t: int, cohort: RowIds, rows: RowIds) -> tuple[int, int]:
+        up = len(cohort) * self._spec_of(t).num_bytes
+        down = int(self._meter.download(cohort, t, rows).sum())
+        self._meter.changed(rows, t)
+        self._bytes_up, self._bytes_down = self._bytes_up + up, self._bytes_down + down
+        return up, down
+
+    def _checkpoint(self) -> None:
+        arrays = {"values": self._state.values, **{f"slot.{n}": a for n, a in self._state.slots.items()}}
+        meta = {
+            "num_steps": self._state.num_steps,
+            "config_hash": config_hash(self._config),
+            "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
+            "privacy": self._plan.figures(),
+        }
+        self._folder.write_checkpoint(self._state.num_steps, arrays, meta)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _lost(self, node: int, reason: str) -> None:
+        self._folder.ledger({"event": "worker_lost", "round": self._round, "worker": str(node), "reason": reason})
+        self._listener({"event": "note", "text": f"round {self._round}: {reason}; its devices are done again"})
+
+    def _round_metrics(self, t: int, released: Vector, report: CohortReport, seconds: float) -> dict[str, Any]:
+        return {
+            "round": t,
+            "seconds": round(self._seconds(), 3),
+            "round_seconds": round(seconds, 3),
+            "devices": report.num_trained,
+            "epsilon": json_number(self._plan.epsilon(t)),
+            "update_norm": float(np.linalg.norm(released)),
+            "megabytes_up": self._bytes_up / 1e6,
+            "megabytes_down": self._bytes_down / 1e6,
+            "non_private": report.non_private(self._plan),
+        }
+
+    def _metric_line(self, metrics: dict[str, Any] | None, score: Score | None) -> dict[str, Any]:
+        line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), "devices": 0, "epsilon": 0.0}
+        scores = {name: getattr(score, name, None) for name in ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")}
+        return {**line, **self._diagnostics, **scores}
+
+    def _announce(self, t: int, line: dict[str, Any], devices_per_second: float) -> None:
+        event = {name: line[name] for name in ("perplexity", "epsilon")}
+        megabytes = line["megabytes_up"] + line["megabytes_down"]
+        self._listener(
+            {"event": "round", "round": t, "rounds": self._config.rounds, **event, "megabytes": megabytes,
+             "devices_per_second": devices_per_second}
+        )  # fmt: skip
+
+    def _start_event(self) -> dict[str, Any]:
+        spec = self._spec_of(1)
+        return {
+            "event": "start",
+            "time": _now(),
+            "versions": _versions(),
+            "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'cpu'}",
+            "config_hash": config_hash(self._config),
+            "clip_norm": self._plan.clip_norm,
+            "blocks": [{"kind": b.kind, "name": b.name, "bytes": 4 * b.size} for b in spec.blocks],
+            "privacy": {**self._plan.figures(), "statement": self._plan.statement()},
+        }
+
+    def _end_event(self, status: str) -> dict[str, Any]:
+        return {"event": "end", "status": status, "round": self._state.num_steps,
+                "peak_device_mb": round(self._peak_mb, 1), "seconds": round(self._seconds(), 3)}  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("fedlm", "torch", "flwr", "ray", "peft", "dp-accounting"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

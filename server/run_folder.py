@@ -1,0 +1,218 @@
+"""A run is a folder: what is written, when, and in which order, so that nothing is lost or half-written.
+
+    config.toml        the resolved experiment
+    plan.json          the privacy plan as calibrated, so that a resumed run keeps its noise multiplier
+    metrics.jsonl      a line a round
+    ledger.jsonl       bytes, seconds, failures by cause, privacy events
+    journal/           the released mean of each round since the last checkpoint
+    checkpoints/       whole states: a safetensors file and a readable meta file
+    report.html
+
+The journal is a write-ahead log: a round's release is on disk before anything is computed from it or sent, so a round
+that left the server is never released again with fresh noise, and a killed run continues from its last release. A
+checkpoint is only a shortcut that lets the journal be shortened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
+
+from fedlm.errors import DataError, OutputError
+
+CONFIG, PLAN = "config.toml", "plan.json"
+KEEP_CHECKPOINTS = 2
+
+
+class RunFolder:
+    """Reads and writes one run folder.
+
+    Arguments:
+        path: The folder; `create` makes it, `open` expects it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._checkpoints = path / "checkpoints"
+        self._journal = path / "journal"
+
+    @classmethod
+    def create(cls, path: Path, texts: Mapping[str, str], *, bytes_needed: int) -> RunFolder:
+        """Make a new run folder.
+
+        Arguments:
+            path: Where.
+            texts: Files to start with: CONFIG and PLAN.
+            bytes_needed: Room that checkpoints and journal will take.
+
+        Raises:
+            OutputError: It exists and is not empty, cannot be written, or the disk has too little room.
+        """
+        check_writable(path)
+        folder = cls(path)
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path).free
+            if free < bytes_needed:
+                raise OutputError(
+                    f"{path} has {free / 1e6:.0f} MB free, but this run's checkpoints need {bytes_needed / 1e6:.0f} MB; "
+                    "free some space or choose another --out"
+                )
+            folder._checkpoints.mkdir()
+            folder._journal.mkdir()
+            for name, text in texts.items():
+                write_atomically(path / name, text.encode())
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run folder.
+
+        Raises:
+            DataError: It is not a run folder.
+        """
+        folder = cls(path)
+        if not (path / CONFIG).is_file() or not (path / PLAN).is_file() or not folder._checkpoints.is_dir():
+            raise DataError(f"{path} is not a run folder (no config.toml, plan.json or checkpoints); give the --out of a run")
+        return folder
+
+    def text(self, name: str) -> str:
+        """Return one of the texts that the folder was created with."""
+        return (self.path / name).read_text()
+
+    def metric(self, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self._append("metrics.jsonl", line)
+
+    def ledger(self, line: Mapping[str, Any]) -> None:
+        """Append a line to ledger.jsonl."""
+        self._append("ledger.jsonl", line)
+
+    def rewind(self, last_round: int) -> list[dict[str, Any]]:
+        """Drop metrics and ledger lines of rounds after `last_round` and torn lines; return the metrics kept."""
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            kept = [line for line in self.lines(name) if int(line.get("round", -1)) <= last_round]
+            text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+            with _explained(self.path):
+                write_atomically(self.path / name, text.encode())
+        return self.lines("metrics.jsonl")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Return the objects of a .jsonl file; a torn last line is left out."""
+        file = self.path / name
+        parsed: list[dict[str, Any]] = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                parsed.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return parsed
+
+    def write_release(self, round_number: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Make a round's release durable; `record` is what metrics and ledger will say of the round."""
+        data = save(dict(arrays), metadata={"record": json.dumps(record, allow_nan=False)})
+        with _explained(self.path):
+            write_atomically(self._release_file(round_number), data)
+
+    def releases(self, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield `(round, arrays)` of the journalled rounds after `after`, in order and without a gap."""
+        expected = after + 1
+        while (file := self._release_file(expected)).exists():
+            yield expected, load_file(file)
+            expected += 1
+
+    def release_record(self, round_number: int) -> dict[str, Any]:
+        """Return the record that `write_release` stored with this round."""
+        with safe_open(self._release_file(round_number), "np") as handle:
+            record: dict[str, Any] = json.loads(handle.metadata()["record"])
+            return record
+
+    def write_checkpoint(self, round_number: int, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Write a whole state, then drop journal entries and old checkpoints that it makes superfluous."""
+        stem = self._checkpoints / f"round_{round_number:06d}"
+        with _explained(self.path):
+            write_atomically(stem.with_suffix(".safetensors"), save(dict(arrays)))
+            # The meta file is written last: a checkpoint without one does not count.
+            write_atomically(stem.with_suffix(".json"), (json.dumps(meta, indent=2) + "\n").encode())
+        for old in self._rounds()[:-KEEP_CHECKPOINTS]:
+            for suffix in (".json", ".safetensors"):
+                (self._checkpoints / f"round_{old:06d}{suffix}").unlink(missing_ok=True)
+        oldest = self._rounds()[0]
+        for file in self._journal.glob("round_*.safetensors"):
+            if int(file.stem.removeprefix("round_")) <= oldest:
+                file.unlink()
+
+    def last_checkpoint(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """Return `(round, arrays, meta)` of the newest whole state, or None before the first."""
+        rounds = self._rounds()
+        if not rounds:
+            return None
+        stem = self._checkpoints / f"round_{rounds[-1]:06d}"
+        return rounds[-1], load_file(stem.with_suffix(".safetensors")), json.loads(stem.with_suffix(".json").read_text())
+
+    def _release_file(self, round_number: int) -> Path:
+        return self._journal / f"round_{round_number:06d}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        return sorted(int(f.stem.removeprefix("round_")) for f in self._checkpoints.glob("round_*.json"))
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with _explained(self.path), (self.path / name).open("a") as stream:
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def check_writable(path: Path) -> None:
+    """Check, before any work starts, that a new run folder can be made at `path`.
+
+    Raises:
+        OutputError: It exists and is not empty, or the folder above it cannot be written.
+    """
+    with _explained(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"{path} exists and is not an empty folder; choose another --out or `fedlm resume` it")
+        above = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
+        with tempfile.TemporaryDirectory(prefix=".fedlm-", dir=above):
+            pass
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one line that says what to do."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        fix = {
+            errno.ENOSPC: "the disk is full: free some space, then `fedlm resume` this run",
+            errno.EDQUOT: "the disk quota is used up: free some space, then `fedlm resume` this run",
+            errno.EROFS: "the file system is read-only: choose another --out",
+            errno.EACCES: "permission denied: choose an --out that you may write",
+        }.get(error.errno or 0, f"{error.strerror or error}: choose another --out")
+        raise OutputError(f"cannot write the run folder {path}: {fix}") from error
+

@@ -1,0 +1,9 @@
+"""Built-in strategies, one paper a file."""
+
+from __future__ import annotations
+
+from fedlm.strategy import SumStrategy
+from server.strategies.fedadam import FedAdam
+from server.strategies.fedavg import FedAvg
+
+BUILT_IN: dict[str, type[SumStrategy]] = {"fedavg": FedAvg, "fedadam": FedAdam}

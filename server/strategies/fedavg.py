@@ -1,0 +1,20 @@
+"""FedAvg: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data" (1602.05629).
+
+    w <- w + eta * mean update
+
+With user-level DP the mean is the clipped, noised mean over the expected cohort, every device weighted equally
+(McMahan et al. 2018, 1710.06963).
+"""
+
+from __future__ import annotations
+
+from fedlm.strategy import StrategyState, SumStrategy
+from fedlm.trainable.spec import Vector
+
+
+class FedAvg(SumStrategy):
+    """Server SGD with learning rate `strategy.learning_rate`; 1.0 is plain averaging."""
+
+    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
+        """Move by the learning rate along the mean update."""
+        return values + self.config.learning_rate * mean, {}

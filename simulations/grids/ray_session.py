@@ -1,0 +1,212 @@
+"""Ray's life in this process: started or joined in the background, and ended together with every process it started.
+
+Ray is imported here, in a thread, and only when a session is opened: importing and starting it takes some seconds.
+The thread that starts Ray stays until the session is closed, because Linux kills Ray's processes when the thread
+that started them ends; so none of them outlives this process either, however it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedlm.errors import ConfigError, WorkerError
+from simulations.grids.node import one_line
+
+START_TIMEOUT_S = 120.0
+"""Longest wait for Ray, and for a worker, to start."""
+
+EXIT_TIMEOUT_S = 10.0
+"""Longest wait for Ray's processes to end by themselves before they are killed."""
+
+_MIN_STORE_BYTES = 128 * 2**20  # Ray refuses less than 75 MiB
+_WORKING_STORE_BYTES = 2**30
+
+_WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # glibc gives large temporaries back to the system at once and pays for them in page faults at the next batch
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
+}
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+_QUIET_LOCAL = {
+    "RAY_enable_metrics_collection": "0",  # saves most of a second at the start
+    "RAY_prestart_worker_first_driver": "0",  # those would lack the workers' environment
+    # Ray's ports run any code that is sent to them: keep them on the loopback interface, as on Windows and macOS
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+def available_cores() -> int:
+    """Return the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def store_capacity(shared_bytes: int) -> int:
+    """Return the size in bytes of the object store of a Ray that is started here.
+
+    Room for the shared arrays and for messages in flight, but at most 80 % of the shared memory that is free.
+    """
+    folder = Path("/dev/shm")
+    free = shutil.disk_usage(folder if folder.is_dir() else Path.home()).free
+    return max(_MIN_STORE_BYTES, min(2 * shared_bytes + _WORKING_STORE_BYTES, int(0.8 * free)))
+
+
+class RaySession:
+    """Starts Ray on this machine, or joins a cluster, in a thread of its own.
+
+    Arguments:
+        address: Of a running cluster; empty starts Ray here with `available_cores()` CPUs. A Ray that this process has
+            joined already is used as it is, and left running.
+        store_bytes: Object store of a Ray that is started here.
+        on_connect: Runs in the thread once Ray is there; receives the ray module.
+    """
+
+    def __init__(self, *, address: str, store_bytes: int, on_connect: Callable[[Any], None]) -> None:
+        self.ray: Any = None
+        self._address = address
+        self._store_bytes = store_bytes
+        self._on_connect = on_connect
+        self._joined = False  # by us: to be left at the end
+        self._folder = ""  # of the processes that we started
+        self._failure: BaseException | None = None
+        self._connected = threading.Event()
+        self._release = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ray-session", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until Ray is there and `on_connect` has returned.
+
+        Raises:
+            WorkerError: It failed, or took longer than `timeout_s`.
+            ConfigError: From `on_connect`.
+        """
+        if self._closed:
+            raise WorkerError("the grid is closed; open a new one")
+        if not self._connected.wait(timeout_s):
+            raise WorkerError(f"Ray did not start within {timeout_s:g} s; try execution.grid = 'inprocess'")
+        if isinstance(self._failure, ConfigError):
+            raise self._failure
+        if self._failure is not None:
+            where = f"cluster at {self._address!r}" if self._address else "this machine"
+            raise WorkerError(f"Ray on {where}: {one_line(self._failure)}") from self._failure
+
+    def close(self) -> None:
+        """Leave Ray; if it was started here, end it and wait until every process of it is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._connected.wait(START_TIMEOUT_S)
+        processes = _ray_processes(self._folder) if self._folder else {}
+        if self._joined:
+            self.ray.shutdown()
+        self._release.set()
+        self._thread.join(EXIT_TIMEOUT_S)
+        _await_exit(processes)
+
+    def _run(self) -> None:
+        try:
+            self._connect()
+            self._on_connect(self.ray)
+        except BaseException as error:  # raised again in wait(), by the thread that wants to know
+            self._failure = error
+        self._connected.set()
+        self._release.wait()
+
+    def _connect(self) -> None:
+        for name, value in (_QUIET if self._address else {**_QUIET, **_QUIET_LOCAL}).items():
+            os.environ.setdefault(name, value)
+        self.ray = importlib.import_module("ray")
+        atexit.register(self.close)  # after Ray's own hook, so it runs before it
+        if self.ray.is_initialized():
+            return
+        options: dict[str, Any] = {"address": self._address} if self._address else self._local_options()
+        context = self.ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            **options,
+        )
+        self._joined = True
+        if not self._address:
+            self._folder = context.address_info["session_dir"]
+
+    def _local_options(self) -> dict[str, Any]:
+        return {
+            "address": "local",
+            "num_cpus": available_cores(),
+            "num_gpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": self._store_bytes,
+        }
+
+
+def _ray_processes(session_folder: str) -> dict[int, str]:
+    """Return pid and start time of the children of this process that name the folder, and of their descendants.
+
+    Workers carry no trace of the session in their names, but they are children of the raylet, which does.
+    """
+    stats = _process_table()
+    found: dict[int, str] = {}
+    parents = {pid for pid, (parent, _) in stats.items() if parent == os.getpid() and session_folder in _command(pid)}
+    while parents:
+        found.update({pid: stats[pid][1] for pid in parents})
+        parents = {pid for pid, (parent, _) in stats.items() if parent in parents}
+    return found
+
+
+def _process_table() -> dict[int, tuple[int, str]]:
+    """Return parent and start time of every process; empty where the system has no /proc."""
+    table = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if fields[0] != "Z":
+            table[int(stat.parent.name)] = (int(fields[1]), fields[19])
+    return table
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _await_exit(processes: dict[int, str]) -> None:
+    """Wait until these processes are gone; after `EXIT_TIMEOUT_S` kill those that are left."""
+    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    left = processes
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        table = _process_table()
+        left = {pid: born for pid, born in left.items() if table.get(pid, (0, ""))[1] == born}
+    for pid in left:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,224 @@
+"""The report of a run as one HTML file: no script, nothing loaded, light and dark, screen and paper."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedlm.errors import OutputError
+from simulations.report.figures import bound, change, column, count, duration, figure, moment, size_unit
+from simulations.report.markup import Markup, element, escape, text
+from simulations.report.panels import diagnostic_panels, epsilon_panel, fleet_panels, learning_panels
+from simulations.report.style import STYLE
+from simulations.report.tables import fold, pairs, rounds_table
+from simulations.run_files import RunRecord, read_run
+from simulations.summary import RunSummary, summarise_record
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder, whether the run has finished or not.
+
+    Arguments:
+        run: The run folder.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        DataError: The folder is not a run.
+        OutputError: The file cannot be written.
+    """
+    page = "<!DOCTYPE html>\n" + render(read_run(run))
+    path = run / "report.html"
+    temporary = run / f".report.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}; free space or make the folder writable"
+        ) from error
+    return path
+
+
+def render(record: RunRecord) -> Markup:
+    """Return the page of a run, without its document type."""
+    summary = summarise_record(record)
+    name = record.path.resolve().name
+    title = " · ".join([*map(_short, record.stamps), name, "fedlm run"])
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        text("title", title),
+        element("style", STYLE),
+    )
+    main = element(
+        "main",
+        _header(record, summary, name),
+        _tiles(record, summary),
+        _privacy(record),
+        _section("Learning", *learning_panels(record)),
+        _section("The fleet", *fleet_panels(record)),
+        _diagnostics(record),
+        _details(record),
+        _footer(),
+    )
+    return element("html", head, element("body", main), lang="en")
+
+
+def _header(record: RunRecord, summary: RunSummary, name: str) -> Markup:
+    chips = [
+        text("span", record.status, class_="chip"),
+        *(_stamp(_short(stamp), "chip alarm", "span") for stamp in record.stamps),
+    ]
+    started = record.start.get("time")
+    facts = [count(summary.rounds, "round"), count(summary.devices_trained, "device training")]
+    facts += [f"started {moment(started)}"] if started else []
+    return element(
+        "header",
+        text("p", "fedlm · private federated learning", class_="brand"),
+        element("h1", escape(name), *chips),
+        text("p", " · ".join(facts), class_="facts"),
+    )
+
+
+def _tiles(record: RunRecord, summary: RunSummary) -> Markup:
+    up, down = summary.bytes_up_per_device, summary.bytes_down_per_device
+    divisor, unit = size_unit(max(up, down))
+    traffic = " / ".join(column([up / divisor, down / divisor], 3))
+    peak = summary.peak_device_mb
+    return element(
+        "section",
+        _perplexity_tile(summary),
+        _tile("bits per byte", figure(summary.bits_per_byte), "held-out text, any vocabulary"),
+        _epsilon_tile(record, summary),
+        _tile("up / down per device", f"{traffic} {unit}", "in one round; the base is cached"),
+        _tile(
+            "peak device memory",
+            f"{figure(peak, 3)} MB" if peak is not None else figure(None),
+            "training one device",
+        ),
+        _tile(
+            "devices per second", figure(summary.devices_per_second, 3), "training only, without evaluation"
+        ),
+        _tile("time", duration(summary.seconds), count(summary.rounds, "round")),
+        class_="tiles",
+        aria_label="Key figures",
+    )
+
+
+def _perplexity_tile(summary: RunSummary) -> Markup:
+    before, after = summary.perplexity_initial, summary.perplexity
+    if before is None or after is None:
+        return _tile("perplexity", figure(after), "no evaluation before training", wide=True)
+    verdict = f"{change(before, after)} than the base" if before != after else "as the base"
+    value = element(
+        "p",
+        text("span", figure(before), class_="before"),
+        text("span", " → ", class_="arrow"),
+        text("span", figure(after)),
+        class_="value",
+    )
+    return element(
+        "div",
+        text("p", "perplexity", class_="tile-name"),
+        value,
+        text("p", verdict, class_="note strong"),
+        class_="tile wide",
+    )
+
+
+def _epsilon_tile(record: RunRecord, summary: RunSummary) -> Markup:
+    value = "none" if summary.epsilon is None else bound(summary.epsilon)
+    note = f"at delta {figure(summary.delta)}" if summary.epsilon is not None else "no finite bound"
+    return _tile("epsilon", value, note, stamps=record.stamps)
+
+
+def _tile(name: str, value: str, note: str, *, wide: bool = False, stamps: tuple[str, ...] = ()) -> Markup:
+    warnings = [_stamp(_short(stamp), "note warn") for stamp in stamps]
+    return element(
+        "div",
+        text("p", name, class_="tile-name"),
+        text("p", value, class_="value"),
+        text("p", note, class_="note"),
+        *warnings,
+        class_="tile wide" if wide else "tile",
+    )
+
+
+def _privacy(record: RunRecord) -> Markup:
+    banner = [element("div", *(_stamp(stamp, "stamp") for stamp in record.stamps), class_="stamps")]
+    statement = str(record.privacy.get("statement") or "This run makes no privacy statement.")
+    figures = [
+        (key.replace("_", " "), value)
+        for key, value in record.privacy.items()
+        if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
+    ]
+    box = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"), pairs(figures))
+    return element(
+        "section",
+        *(banner if record.stamps else []),
+        element("div", box, epsilon_panel(record), class_="columns"),
+        class_="privacy stamped" if record.stamps else "privacy",
+    )
+
+
+def _stamp(stamp: str, style: str, tag: str = "p") -> Markup:
+    # The variation selector keeps the sign in the text's own colour: no emoji.
+    return text(tag, f"\N{WARNING SIGN}\N{VARIATION SELECTOR-15} {stamp}", class_=style)
+
+
+def _short(stamp: str) -> str:
+    """Return a stamp's verdict without the reason that may follow it."""
+    return stamp.partition(":")[0]
+
+
+def _section(title: str, *panels: Markup) -> Markup:
+    return element("section", text("h2", title), element("div", *panels, class_="columns"))
+
+
+def _diagnostics(record: RunRecord) -> Markup:
+    measured = any(line.get("non_private") for line in record.metrics)
+    label = (
+        element(
+            "p",
+            text("strong", "Simulation only, not private."),
+            escape(" Computed from the devices' raw updates, which a deployed server never sees."),
+            class_="label",
+        )
+        if measured
+        else escape("")
+    )
+    return element(
+        "section",
+        text("h2", "Updates"),
+        label,
+        element("div", *diagnostic_panels(record), class_="columns"),
+        class_="raw" if measured else None,
+    )
+
+
+def _details(record: RunRecord) -> Markup:
+    versions = record.start.get("versions") or {}
+    start = record.start
+    machine = [("machine", start.get("machine")), ("config hash", start.get("config_hash"))]
+    return element(
+        "section",
+        text("h2", "Details"),
+        fold("Rounds", rounds_table(record)),
+        fold("Configuration", element("pre", text("code", record.config_text), tabindex="0")),
+        fold("Versions and machine", pairs([*versions.items(), *machine])),
+    )
+
+
+def _footer() -> Markup:
+    return text(
+        "footer",
+        "MB is a million bytes. Hover over a chart for its values; the table of rounds has them all.",
+    )

@@ -1,0 +1,222 @@
+"""From a run's records to its charts: which figures, on which axes, under which words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from simulations.report.axes import Axis, suits_log
+from simulations.report.bars import Bar, bar_chart
+from simulations.report.figures import bound, change, count, data_size, figure, share, size_unit
+from simulations.report.lines import Point, Reference, Series, line_chart
+from simulations.report.markup import Markup, element, text
+from simulations.run_files import Record, RunRecord, number
+
+_ROUNDS = Axis("round", whole=True, from_zero=True, rounded=False)
+_SMALL = 190.0
+_KINDS = {
+    "lora_a": "LoRA, factors A",
+    "lora_b": "LoRA, factors B",
+    "bias": "biases",
+    "dense": "dense tensors",
+    "rows": "embedding rows",
+}
+
+
+def card(title: str, note: str, chart: Markup) -> Markup:
+    """Return a chart with its heading and one sentence on how to read it."""
+    return element("figure", element("figcaption", text("h3", title), text("p", note)), chart, class_="card")
+
+
+def learning_panels(record: RunRecord) -> list[Markup]:
+    """Return perplexity and bits per byte, each against rounds and against a device's traffic."""
+    unit, traffic = _traffic(record)
+    megabytes = Axis(f"{unit} up and down", from_zero=True, rounded=False)
+    panels = []
+    for name, key, height in (
+        ("Perplexity", "perplexity", 290.0),
+        ("Bits per byte", "bits_per_byte", _SMALL),
+    ):
+        points = _points(record.metrics, key)
+        by_traffic = tuple((traffic[int(place)], value) for place, value in points)
+        panels += [
+            _learning(
+                f"{name} by round", points, _ROUNDS, height, "Held-out users, exact softmax; lower is better."
+            ),
+            _learning(
+                f"{name} by traffic",
+                by_traffic,
+                megabytes,
+                height,
+                "Against all that a device sends and receives if it trains in every round.",
+            ),
+        ]
+    return panels
+
+
+def epsilon_panel(record: RunRecord) -> Markup:
+    """Return the privacy spent against rounds, with the target where the config has one."""
+    points = _points(record.metrics, "epsilon")
+    delta = figure(number(record.privacy, "delta"))
+    if not points:
+        return _absent(
+            "Epsilon by round", "No finite epsilon: this run gives no differential privacy guarantee."
+        )
+    target = number(record.config().get("privacy", {}), "epsilon")
+    return card(
+        "Epsilon by round",
+        f"Privacy loss spent so far, at delta {delta}.",
+        line_chart(
+            [Series("epsilon", points, end=bound(points[-1][1]))],
+            title="Epsilon by round",
+            description=f"Epsilon reaches {bound(points[-1][1])} at round {points[-1][0]:.0f}.",
+            x=_ROUNDS,
+            y=Axis("epsilon", from_zero=True),
+            reference=Reference(target, f"target {figure(target)}") if target else None,
+            height=250.0,
+        ),
+    )
+
+
+def diagnostic_panels(record: RunRecord) -> list[Markup]:
+    """Return the update norms and the clipped share, from raw updates that only a simulation can see."""
+    raw = [{"round": line["round"], **(line.get("non_private") or {})} for line in record.metrics]
+    return [_norms(record, raw), _clipping(raw)]
+
+
+def fleet_panels(record: RunRecord) -> list[Markup]:
+    """Return what an update consists of and what became of the devices."""
+    return [_payload(record), _outcomes(record)]
+
+
+def _learning(title: str, points: tuple[Point, ...], x: Axis, height: float, note: str) -> Markup:
+    if not points:
+        return _absent(title, "No evaluation in this run yet.")
+    name = title.partition(" by ")[0].lower()
+    (_, first), (_, last) = points[0], points[-1]
+    values = [value for _, value in points]
+    story = f"{name} goes from {figure(first)} to {figure(last)}, {change(first, last)}." if first else ""
+    series = Series(name, points, end=figure(last), start=figure(first) if len(points) > 1 else "")
+    y = Axis(name, log=suits_log(values))
+    return card(title, note, line_chart([series], title=title, description=story, x=x, y=y, height=height))
+
+
+def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
+    series = [
+        Series("released", _points(record.metrics, "update_norm")),
+        Series("devices, p90", _points(raw, "client_norm_p90"), tone="c"),
+        Series("devices, median", _points(raw, "client_norm_median"), tone="b"),
+    ]
+    values = [value for one in series for _, value in one.points]
+    if not values:
+        return _absent("Update norms by round", "No round has been trained yet.")
+    clip_norm = number(record.start, "clip_norm")
+    return card(
+        "Update norms by round",
+        "L2 norms: the released mean with its noise, and the devices' own updates before clipping.",
+        line_chart(
+            series,
+            title="Update norms by round",
+            description="; ".join(
+                f"{one.label} ends at {figure(one.points[-1][1])}" for one in series if one.points
+            ),
+            x=_ROUNDS,
+            y=Axis("L2 norm", log=suits_log([*values, *([clip_norm] if clip_norm else [])]), from_zero=True),
+            reference=Reference(clip_norm, f"clip norm {figure(clip_norm)}") if clip_norm else None,
+        ),
+    )
+
+
+def _clipping(raw: Sequence[Record]) -> Markup:
+    points = tuple((place, 100 * share) for place, share in _points(raw, "clip_fraction"))
+    if not points:
+        return _absent("Clipped devices by round", "This run did not measure it.")
+    return card(
+        "Clipped devices by round",
+        "Share of devices whose update was longer than the clip norm.",
+        line_chart(
+            [Series("% clipped", points, end=f"{points[-1][1]:.0f} %")],
+            title="Clipped devices by round",
+            description=f"{points[-1][1]:.0f} per cent of the devices are clipped in the last round.",
+            x=_ROUNDS,
+            y=Axis("% of devices", from_zero=True),
+        ),
+    )
+
+
+def _payload(record: RunRecord) -> Markup:
+    sizes: Counter[str] = Counter()
+    blocks: Counter[str] = Counter()
+    for block in record.start.get("blocks") or ():
+        sizes[str(block["kind"])] += int(block["bytes"])
+        blocks[str(block["kind"])] += 1
+    if not sizes:
+        return _absent("Bytes of an update", "The ledger lists no blocks.")
+    total = sizes.total()
+    bars = [
+        Bar(
+            label=f"{_KINDS.get(kind, kind)} ({count(blocks[kind], 'block')})",
+            value=size,
+            shown=f"{data_size(size)} · {share(size, total)}",
+            hover=f"{size:,} bytes",
+        )
+        for kind, size in sizes.most_common()
+    ]
+    return card(
+        "Bytes of an update",
+        f"What one device sends in one round, by kind of block: {data_size(total)}.",
+        bar_chart(
+            bars, title="Bytes of an update", description="; ".join(f"{b.label}: {b.shown}" for b in bars)
+        ),
+    )
+
+
+def _outcomes(record: RunRecord) -> Markup:
+    rounds = record.events("round")
+    failed: Counter[str] = Counter()
+    for event in rounds:
+        failed.update({str(cause): int(count) for cause, count in (event.get("failed") or {}).items()})
+    trained = sum(int(event.get("trained", 0)) for event in rounds)
+    total = trained + failed.total()
+    outcomes = [
+        ("trained", trained, False),
+        *((f"failed: {why}", num, True) for why, num in failed.most_common()),
+    ]
+    bars = [
+        Bar(label, num, f"{num:,} · {share(num, total)}", f"{num:,} of {total:,}", hatched)
+        for label, num, hatched in outcomes
+    ]
+    lost = len(record.events("worker_lost"))
+    workers = f" {count(lost, 'worker')} lost." if lost else ""
+    return card(
+        "Devices by outcome",
+        f"Every device sampled, over {count(len(rounds), 'round')}.{workers}",
+        bar_chart(
+            bars, title="Devices by outcome", description="; ".join(f"{b.label}: {b.shown}" for b in bars)
+        ),
+    )
+
+
+def _points(lines: Sequence[Record], key: str) -> tuple[Point, ...]:
+    return tuple((float(line["round"]), value) for line in lines if (value := number(line, key)) is not None)
+
+
+def _traffic(record: RunRecord) -> tuple[str, dict[int, float]]:
+    """Return a unit and, by round, the cumulative traffic in it of a device that trains in every round."""
+    of_round = {
+        event.get("round"): ((number(event, "bytes_up") or 0) + (number(event, "bytes_down") or 0))
+        / max(number(event, "trained") or 0, 1)
+        for event in record.events("round")
+    }
+    so_far, totals = 0.0, {}
+    for line in record.metrics:
+        so_far += of_round.get(line["round"], 0.0)
+        totals[line["round"]] = so_far
+    divisor, unit = size_unit(so_far)
+    return unit, {place: total / divisor for place, total in totals.items()}
+
+
+def _absent(title: str, why: str) -> Markup:
+    return element(
+        "figure", element("figcaption", text("h3", title)), text("p", why, class_="absent"), class_="card"
+    )

@@ -1,0 +1,95 @@
+"""The report's text parts: the table of rounds and lists of names with values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from simulations.report.figures import ABSENT, column, figure
+from simulations.report.markup import Markup, element, escape, text
+from simulations.run_files import Record, RunRecord, number
+
+_FIGURES = {
+    "round": "round",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits / byte",
+    "epsilon": "epsilon",
+    "devices": "devices",
+    "failed": "failed",
+    "update_norm": "update norm",
+    "snr": "SNR",
+    "log_z_mean": "log Z mean",
+    "log_z_std": "log Z std",
+    "megabytes_up": "MB up, all",
+    "megabytes_down": "MB down, all",
+    "round_seconds": "seconds",
+}
+_RAW_FIGURES = {
+    "train_loss": "train loss",
+    "client_norm_median": "norm median",
+    "client_norm_p90": "norm p90",
+    "clip_fraction": "clipped",
+    "signal_to_noise": "signal / noise",
+}
+
+
+def rounds_table(record: RunRecord) -> Markup:
+    """Return every round's figures; those that only a simulation can see stand on the right and say so."""
+    failed = {event.get("round"): _failed(event) for event in record.events("round")}
+    lines = [{**line, "failed": failed.get(line["round"])} for line in record.metrics]
+    raw_lines = [line.get("non_private") or {} for line in record.metrics]
+    columns = [_column(lines, key) for key in _FIGURES] + [_column(raw_lines, key) for key in _RAW_FIGURES]
+    groups = element(
+        "tr",
+        element("td", colspan=len(_FIGURES)),
+        text(
+            "th", "simulation only, not private", colspan=len(_RAW_FIGURES), scope="colgroup", class_="group"
+        ),
+    )
+    names = [*_FIGURES.values(), *_RAW_FIGURES.values()]
+    heads = element("tr", *(text("th", name, scope="col") for name in names))
+    rows = [element("tr", *(text("td", cell) for cell in row)) for row in zip(*columns, strict=True)]
+    table = element("table", element("thead", groups, heads), element("tbody", *rows))
+    return element("div", table, class_="scroll", role="region", tabindex="0", aria_label="Table of rounds")
+
+
+def pairs(entries: Iterable[tuple[str, object]]) -> Markup:
+    """Return names with their values as a definition list."""
+    return element(
+        "dl",
+        *(element("div", text("dt", name), text("dd", _shown(value))) for name, value in entries),
+        class_="pairs",
+    )
+
+
+def fold(title: str, *content: Markup) -> Markup:
+    """Return a part that opens on a click."""
+    return element("details", element("summary", escape(title)), *content)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, keyed by dotted names.
+
+    >>> flatten({"seed": 1, "data": {"corpus": "chitchat"}})
+    {'seed': 1, 'data.corpus': 'chitchat'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _failed(event: Record) -> int:
+    return sum(int(num) for num in (event.get("failed") or {}).values())
+
+
+def _column(lines: Sequence[Record], key: str) -> list[str]:
+    return column([number(line, key) for line in lines])
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return figure(value)
+    return str(value)

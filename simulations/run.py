@@ -1,0 +1,99 @@
+"""`simulate` and `resume`: open the experiment, start a grid, run the ServerApp on it, write the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from clients.app import app as client_app
+from clients.app import share_weights
+from fedlm.config.load import config_from_toml, config_to_toml
+from fedlm.config.schema import Config
+from fedlm.errors import Interrupted
+from fedlm.experiment import Experiment, starts_from_base
+from fedlm.training.base import base_folder, load_base
+from server import app as server
+from server.engine import Listener
+from server.run_folder import CONFIG, RunFolder, check_writable
+from simulations.grids.base import RUN_ID, LocalGrid
+from simulations.grids.flower_private import SERVER_NODE_ID
+from simulations.grids.inprocess import InProcessGrid
+from simulations.grids.node import Scalar
+from simulations.grids.ray_grid import RayGrid
+from simulations.report import write_report
+from simulations.summary import RunSummary, summarise
+
+def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary:
+    """Run an experiment on a simulated fleet.
+
+    Arguments:
+        config: The experiment.
+        out: The run folder to make; None for a new one below runs/.
+        listener: Receives progress events.
+
+    Returns:
+        The figures of the finished run.
+
+    Raises:
+        FedlmError: Any of `fedlm.errors`; what can be checked is checked before any work starts.
+        Interrupted: Ctrl-C; the run can be resumed.
+    """
+    path = out or server.default_run_path()
+    check_writable(path)
+    listener({"event": "stage", "text": f"opening {config.data.corpus}"})
+    experiment = Experiment.open(config)
+    plan = server.plan_of(experiment)
+    server.strategy_of(config.strategy)
+    for stamp in plan.stamps():
+        listener({"event": "note", "text": stamp})
+    server.ensure_base(config, listener)
+    return _run(config, path, listener, resume=False)
+
+
+def resume(run: Path, listener: Listener) -> RunSummary:
+    """Continue a run that was interrupted or killed; a finished one only gets its report again."""
+    folder = RunFolder.open(run)
+    return _run(config_from_toml(folder.text(CONFIG)), run, listener, resume=True)
+
+
+def pretrain(config: Config, listener: Listener) -> Path:
+    """Train and cache this config's base; returns its folder, at once if it is there."""
+    config = replace(config, model=replace(config.model, base="pretrain"))
+    server.ensure_base(config, listener)
+    return base_folder(config)
+
+
+def _run(config: Config, path: Path, listener: Listener, *, resume: bool) -> RunSummary:
+    server.listen(listener)
+    run_config: dict[str, Scalar] = {"config": config_to_toml(config), "out": str(path.resolve()), "resume": resume}
+    try:
+        with _grid(config, run_config) as grid:
+            server.app(grid, _server_context(run_config))
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; continue with `fedlm resume {path}`") from error
+    write_report(path)
+    return summarise(path)
+
+
+def _grid(config: Config, run_config: dict[str, Scalar]) -> LocalGrid:
+    execution = config.execution
+    if execution.grid == "inprocess":
+        return InProcessGrid(client_app, num_nodes=execution.workers or 1, run_config=run_config)
+    weights = load_base(config) if starts_from_base(config) else {}
+    return RayGrid(
+        app="clients.app:app",
+        setup=share_weights,
+        shared=weights,
+        num_workers=execution.workers,
+        run_config=run_config,
+        address=execution.address,
+        timeout_s=execution.worker_timeout_s,
+    )
+
+
+def _server_context(run_config: dict[str, Scalar]) -> Context:
+    return Context(
+        run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
+    )

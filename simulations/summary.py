@@ -1,0 +1,103 @@
+"""The figures that stand for a run: `fedlm simulate --json` prints them, the report opens with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simulations.run_files import RunRecord, number, read_run
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in fourteen figures; None where a run did not measure one, and an infinite epsilon is None too.
+
+    Arguments:
+        run_dir: The run folder.
+        rounds: Rounds done.
+        devices_trained: Trainings that entered an aggregate, over all rounds.
+        perplexity_initial: Of the base, before the first round.
+        perplexity: At the last evaluation.
+        bits_per_byte: At the last evaluation.
+        epsilon: Spent so far at `delta`; None is no finite epsilon.
+        delta: Of the privacy statement.
+        privacy_statement: The whole claim in words.
+        bytes_up_per_device: Mean over trainings: what one device sends in one round.
+        bytes_down_per_device: Likewise all bytes sent to devices, so failed devices' downloads are included.
+        peak_device_mb: The largest memory of one device's training, in MB.
+        devices_per_second: Trainings a second of the rounds' own time, evaluation excluded.
+        seconds: Wall time of the run.
+    """
+
+    run_dir: str
+    rounds: int
+    devices_trained: int
+    perplexity_initial: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    epsilon: float | None
+    delta: float | None
+    privacy_statement: str
+    bytes_up_per_device: int
+    bytes_down_per_device: int
+    peak_device_mb: float | None
+    devices_per_second: float
+    seconds: float
+
+
+def summarise(run: Path) -> RunSummary:
+    """Return the summary of a run folder, finished or not.
+
+    Arguments:
+        run: The run folder.
+
+    Returns:
+        Its figures, from `metrics.jsonl` and `ledger.jsonl` alone.
+
+    Raises:
+        DataError: The folder is not a run.
+    """
+    return summarise_record(read_run(run))
+
+
+def summarise_record(record: RunRecord) -> RunSummary:
+    """Return the summary of a run that has been read."""
+    trained = int(_total(record, "trained"))
+    training_s = _total(record, "seconds")
+    return RunSummary(
+        run_dir=str(record.path),
+        rounds=record.metrics[-1]["round"],
+        devices_trained=trained,
+        perplexity_initial=number(record.metrics[0], "perplexity"),
+        perplexity=_last(record, "perplexity"),
+        bits_per_byte=_last(record, "bits_per_byte"),
+        epsilon=number(record.metrics[-1], "epsilon"),
+        delta=number(record.privacy, "delta"),
+        privacy_statement=str(record.privacy.get("statement") or ""),
+        bytes_up_per_device=round(_total(record, "bytes_up") / max(trained, 1)),
+        bytes_down_per_device=round(_total(record, "bytes_down") / max(trained, 1)),
+        peak_device_mb=_peak_device_mb(record),
+        devices_per_second=trained / training_s if training_s > 0 else 0.0,
+        seconds=_seconds(record),
+    )
+
+
+def _total(record: RunRecord, key: str) -> float:
+    return sum(number(event, key) or 0.0 for event in record.events("round"))
+
+
+def _last(record: RunRecord, key: str) -> float | None:
+    values = [value for line in record.metrics if (value := number(line, key)) is not None]
+    return values[-1] if values else None
+
+
+def _peak_device_mb(record: RunRecord) -> float | None:
+    # A resumed run has one `end` event a session; the device that needed most may be in any of them.
+    peaks = [peak for event in record.events("end") if (peak := number(event, "peak_device_mb")) is not None]
+    return max(peaks, default=None)
+
+
+def _seconds(record: RunRecord) -> float:
+    last = record.ledger[-1]
+    ended = number(last, "seconds") if last.get("event") == "end" else None
+    return ended if ended is not None else number(record.metrics[-1], "seconds") or 0.0
