@@ -92,7 +92,9 @@ class DeviceHost:
         """Score held-out users with the exact full softmax."""
         if not self._apply(broadcast):
             return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0)
-        self._trainable.load({b.name: b.view(self._values) for b in self._trainable.spec.blocks if b.kind != "rows"})
+        self._trainable.load(
+            {b.name: b.view(self._values) for b in self._trainable.spec.blocks if b.kind != "rows"}
+        )
         self._trainable.model.eval()
         total = sum((self._score_user(user) for user in request.users.tolist()), Score())
         return EvaluateReply(
@@ -133,7 +135,12 @@ class DeviceHost:
             hidden = model.hidden(torch.from_numpy(batch.inputs[part]), mask)[mask]  # (N, D)
             targets = torch.from_numpy(batch.targets[part])[mask]  # (N,)
             total += score(
-                hidden, targets, model.output_table, model.output_bias, num_bytes=0, chunk=self._config.loss.chunk
+                hidden,
+                targets,
+                model.output_table,
+                model.output_bias,
+                num_bytes=0,
+                chunk=self._config.loss.chunk,
             )
         return total
 

@@ -62,7 +62,9 @@ class Dispatcher:
         deadline = time.monotonic() + self._timeout_s
         while not (nodes := sorted(self._grid.get_node_ids())):
             if time.monotonic() > deadline:
-                raise WorkerError(f"no node joined within {self._timeout_s:.0f} s; start clients, then run again")
+                raise WorkerError(
+                    f"no node joined within {self._timeout_s:.0f} s; start clients, then run again"
+                )
             time.sleep(0.2)
         return nodes
 
@@ -135,7 +137,9 @@ class Dispatcher:
         piece.avoid.add(entry.node)
         self._on_lost(entry.node, reason)
         if piece.attempts >= MAX_ATTEMPTS:
-            raise WorkerError(f"a piece of work failed {piece.attempts} times, last on node {entry.node}: {reason}")
+            raise WorkerError(
+                f"a piece of work failed {piece.attempts} times, last on node {entry.node}: {reason}"
+            )
         waiting.appendleft(piece)
 
     def _push(self, node: int, message_type: str, request: Any, group_id: str, broadcast: Records) -> str:

@@ -125,7 +125,9 @@ class Engine:
         record = self._folder.release_record(done) if done else {"metrics": None, "ledger": []}
         for line in record["ledger"]:
             self._folder.ledger(line)
-        self._folder.metric(self._metric_line(record["metrics"], self._evaluate() if self._due(done) else None))
+        self._folder.metric(
+            self._metric_line(record["metrics"], self._evaluate() if self._due(done) else None)
+        )
 
     def run(self) -> None:
         """Train the rounds that are left; Ctrl-C leaves a checkpoint.
@@ -273,10 +275,16 @@ class Engine:
         return self._seconds_before + time.monotonic() - self._started
 
     def _lost(self, node: int, reason: str) -> None:
-        self._folder.ledger({"event": "worker_lost", "round": self._round, "worker": str(node), "reason": reason})
-        self._listener({"event": "note", "text": f"round {self._round}: {reason}; its devices are done again"})
+        self._folder.ledger(
+            {"event": "worker_lost", "round": self._round, "worker": str(node), "reason": reason}
+        )
+        self._listener(
+            {"event": "note", "text": f"round {self._round}: {reason}; its devices are done again"}
+        )
 
-    def _round_metrics(self, t: int, released: Vector, report: CohortReport, seconds: float) -> dict[str, Any]:
+    def _round_metrics(
+        self, t: int, released: Vector, report: CohortReport, seconds: float
+    ) -> dict[str, Any]:
         return {
             "round": t,
             "seconds": round(self._seconds(), 3),
@@ -291,7 +299,10 @@ class Engine:
 
     def _metric_line(self, metrics: dict[str, Any] | None, score: Score | None) -> dict[str, Any]:
         line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), "devices": 0, "epsilon": 0.0}
-        scores = {name: getattr(score, name, None) for name in ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")}
+        scores = {
+            name: getattr(score, name, None)
+            for name in ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
+        }
         return {**line, **self._diagnostics, **scores}
 
     def _announce(self, t: int, line: dict[str, Any], devices_per_second: float) -> None:
@@ -310,7 +321,7 @@ class Engine:
             "versions": _versions(),
             "machine": f"{platform.system()} {platform.machine()}, {platform.processor() or 'cpu'}",
             "config_hash": config_hash(self._config),
-            "clip_norm": self._plan.clip_norm,
+            "clip_norm": json_number(self._plan.clip_norm),
             "blocks": [{"kind": b.kind, "name": b.name, "bytes": 4 * b.size} for b in spec.blocks],
             "privacy": {**self._plan.figures(), "statement": self._plan.statement()},
         }

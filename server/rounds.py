@@ -61,7 +61,12 @@ class CohortReport:
         """Return diagnostics computed from raw updates; a real deployment has no right to them."""
         _, norms, losses = np.array(sorted(self._seen)).reshape(-1, 3).T
         if not len(norms):
-            return {"train_loss": None, "client_norm_median": None, "client_norm_p90": None, "clip_fraction": None}
+            return {
+                "train_loss": None,
+                "client_norm_median": None,
+                "client_norm_p90": None,
+                "clip_fraction": None,
+            }
         return {
             "train_loss": float(losses.mean()),
             "client_norm_median": float(np.median(norms)),

@@ -83,7 +83,9 @@ class RunFolder:
         """
         folder = cls(path)
         if not (path / CONFIG).is_file() or not (path / PLAN).is_file() or not folder._checkpoints.is_dir():
-            raise DataError(f"{path} is not a run folder (no config.toml, plan.json or checkpoints); give the --out of a run")
+            raise DataError(
+                f"{path} is not a run folder (no config.toml, plan.json or checkpoints); give the --out of a run"
+            )
         return folder
 
     def text(self, name: str) -> str:
@@ -158,7 +160,11 @@ class RunFolder:
         if not rounds:
             return None
         stem = self._checkpoints / f"round_{rounds[-1]:06d}"
-        return rounds[-1], load_file(stem.with_suffix(".safetensors")), json.loads(stem.with_suffix(".json").read_text())
+        return (
+            rounds[-1],
+            load_file(stem.with_suffix(".safetensors")),
+            json.loads(stem.with_suffix(".json").read_text()),
+        )
 
     def _release_file(self, round_number: int) -> Path:
         return self._journal / f"round_{round_number:06d}.safetensors"
@@ -179,7 +185,9 @@ def check_writable(path: Path) -> None:
     """
     with _explained(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(f"{path} exists and is not an empty folder; choose another --out or `fedlm resume` it")
+            raise OutputError(
+                f"{path} exists and is not an empty folder; choose another --out or `fedlm resume` it"
+            )
         above = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
@@ -215,4 +223,3 @@ def _explained(path: Path) -> Iterator[None]:
             errno.EACCES: "permission denied: choose an --out that you may write",
         }.get(error.errno or 0, f"{error.strerror or error}: choose another --out")
         raise OutputError(f"cannot write the run folder {path}: {fix}") from error
-

@@ -25,6 +25,7 @@ from simulations.grids.ray_grid import RayGrid
 from simulations.report import write_report
 from simulations.summary import RunSummary, summarise
 
+
 def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary:
     """Run an experiment on a simulated fleet.
 
@@ -67,7 +68,11 @@ def pretrain(config: Config, listener: Listener) -> Path:
 
 def _run(config: Config, path: Path, listener: Listener, *, resume: bool) -> RunSummary:
     server.listen(listener)
-    run_config: dict[str, Scalar] = {"config": config_to_toml(config), "out": str(path.resolve()), "resume": resume}
+    run_config: dict[str, Scalar] = {
+        "config": config_to_toml(config),
+        "out": str(path.resolve()),
+        "resume": resume,
+    }
     try:
         with _grid(config, run_config) as grid:
             server.app(grid, _server_context(run_config))

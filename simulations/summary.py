@@ -22,8 +22,8 @@ class RunSummary:
         epsilon: Spent so far at `delta`; None is no finite epsilon.
         delta: Of the privacy statement.
         privacy_statement: The whole claim in words.
-        bytes_up_per_device: Mean over trainings: what one device sends in one round.
-        bytes_down_per_device: Likewise all bytes sent to devices, so failed devices' downloads are included.
+        bytes_up_per_device: What one device sends in one round, the mean over all that were sampled.
+        bytes_down_per_device: What one device receives in one round, likewise.
         peak_device_mb: The largest memory of one device's training, in MB.
         devices_per_second: Trainings a second of the rounds' own time, evaluation excluded.
         seconds: Wall time of the run.
@@ -55,14 +55,14 @@ def summarise(run: Path) -> RunSummary:
         Its figures, from `metrics.jsonl` and `ledger.jsonl` alone.
 
     Raises:
-        DataError: The folder is not a run.
+        DataError: The folder is not a run, or a file of it is broken.
     """
     return summarise_record(read_run(run))
 
 
 def summarise_record(record: RunRecord) -> RunSummary:
     """Return the summary of a run that has been read."""
-    trained = int(_total(record, "trained"))
+    trained, sampled = int(_total(record, "trained")), _total(record, "sampled")
     training_s = _total(record, "seconds")
     return RunSummary(
         run_dir=str(record.path),
@@ -74,8 +74,8 @@ def summarise_record(record: RunRecord) -> RunSummary:
         epsilon=number(record.metrics[-1], "epsilon"),
         delta=number(record.privacy, "delta"),
         privacy_statement=str(record.privacy.get("statement") or ""),
-        bytes_up_per_device=round(_total(record, "bytes_up") / max(trained, 1)),
-        bytes_down_per_device=round(_total(record, "bytes_down") / max(trained, 1)),
+        bytes_up_per_device=round(_total(record, "bytes_up") / max(sampled, 1)),
+        bytes_down_per_device=round(_total(record, "bytes_down") / max(sampled, 1)),
         peak_device_mb=_peak_device_mb(record),
         devices_per_second=trained / training_s if training_s > 0 else 0.0,
         seconds=_seconds(record),

@@ -82,7 +82,7 @@ def _fail(message: str, code: int) -> int:
 def _reader_is_gone() -> bool:
     """Whether standard output is the broken pipe (`fedlm config show | head -1`); if so, silence it."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # a flush alone has nothing left to say when Python runs unbuffered
     except BrokenPipeError:
         # The interpreter flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -91,19 +91,17 @@ def pretrain(
 
 
 def _print_summary(summary: RunSummary, json: bool) -> None:
-    from simulations.report import write_report
-    from simulations.report.figures import data_size, figure
-
-    path = write_report(Path(summary.run_dir))
     if json:
         print_json(asdict(summary))
         return
+    from simulations.report.figures import data_size, figure
+
     up, down = data_size(summary.bytes_up_per_device), data_size(summary.bytes_down_per_device)
     print_pairs(
         [
             ("perplexity", _change(summary.perplexity_initial, summary.perplexity)),
             ("bits per byte", figure(summary.bits_per_byte)),
-            ("privacy", f"epsilon {figure(summary.epsilon, 3)} at delta {figure(summary.delta, 2)}"),
+            ("privacy", _spent(summary.epsilon, summary.delta)),
             ("", summary.privacy_statement),
             (
                 "device",
@@ -115,7 +113,7 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
                 f"{figure(summary.devices_per_second, 3)} devices/s, {figure(summary.seconds, 3)} s in all",
             ),
             ("run", summary.run_dir),
-            ("report", str(path)),
+            ("report", str(Path(summary.run_dir) / "report.html")),
         ]
     )
 
@@ -126,6 +124,16 @@ def _change(before: float | None, after: float | None) -> str:
 
     change = f" ({100 * (after / before - 1):+.1f} %)" if before and after else ""
     return f"{figure(before)} → {figure(after)}{change}"
+
+
+def _spent(epsilon: float | None, delta: float | None) -> str:
+    from simulations.report.figures import figure
+
+    return (
+        "no finite epsilon"
+        if epsilon is None
+        else f"epsilon {figure(epsilon, 3)} at delta {figure(delta, 2)}"
+    )
 
 
 def _shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -50,7 +51,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
     error the temporary folder is removed and `folder` is not touched.
 
     Raises:
-        OutputError: The parent folder cannot be written.
+        OutputError: The parent folder cannot be written, or the disk is full.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +62,20 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         ) from None
     try:
         yield temporary
-        try:
-            temporary.rename(folder)
-        except OSError as error:
-            if not folder.is_dir():
-                raise OutputError(f"cannot write {folder}: {error.strerror}; set data.cache_dir") from None
+        _rename_unless_there(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}; free space or set data.cache_dir"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_unless_there(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

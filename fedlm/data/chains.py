@@ -58,8 +58,8 @@ def stationary_map(transition: Floats, law: Floats, weight: float) -> Floats:
     """Return the matrix (C, C) that takes theta to T's stationary law: (1 - lambda) (I - lambda A)^-1."""
     if weight == 1:
         return np.tile(law, (len(law), 1))  # its limit
-    visits = (1 - weight) * np.linalg.inv(np.eye(len(law)) - weight * transition)
-    return visits.astype(np.float64, copy=False)
+    inverse = np.linalg.inv(np.eye(len(law)) - weight * transition).astype(np.float64, copy=False)
+    return (1 - weight) * inverse
 
 
 def class_sums(classes: Ints, values: Floats) -> Floats:
@@ -68,7 +68,7 @@ def class_sums(classes: Ints, values: Floats) -> Floats:
 
 
 def entropy(law: Floats) -> float:
-    """Return -sum p log p, 0 log 0 = 0, of any shape."""
+    """Return -sum p log p of a law of any shape, with 0 log 0 = 0."""
     positive = law[law > 0]
     return float(-(positive * np.log(positive)).sum())
 
@@ -81,14 +81,21 @@ def row_entropies(rows: Floats) -> Floats:
 
 
 def rows_end_to_end(rows: Floats) -> Floats:
-    """Return cumulative sums of stochastic rows (R, C), row r shifted to [r, r + 1], as a vector (R * C,)."""
+    """Return the cumulative sums of stochastic rows (R, C), row r shifted to [r, r + 1], as (R * C,)."""
     cumulative: Floats = np.cumsum(rows, axis=1)  # (R, C)
     cumulative /= cumulative[:, -1:]
     return (cumulative + np.arange(len(rows))[:, None]).reshape(-1)
 
 
 def pick(end_to_end: Floats, row: Ints, uniform: Floats, num_classes: int) -> Ints:
-    """Draw a column from each given row by inversion: one binary search for all."""
+    """Draw a column of each given row, by inversion: one binary search for all.
+
+    Arguments:
+        end_to_end: (R * C,) from `rows_end_to_end`.
+        row: (U,) rows to draw from.
+        uniform: (U,) in [0, 1).
+        num_classes: C.
+    """
     found = np.searchsorted(end_to_end, row + uniform, side="right") - row * num_classes
     picked: Ints = np.clip(found, 0, num_classes - 1)
     return picked

@@ -43,7 +43,7 @@ def read_hugging_face(specification: str) -> Iterator[UserTexts]:
                 f"hf:{name} has no column {column!r} but {columns}; name yours: hf:{name}?user=..&text=.."
             )
     for user, group in groupby(rows.sort(options["user"]), key=lambda row: str(row[options["user"]])):
-        yield UserTexts(user, [row[options["text"]] for row in group])
+        yield UserTexts(user, [str(row[options["text"]]) for row in group if row[options["text"]]])
 
 
 def _parse(specification: str) -> tuple[str, dict[str, str]]:

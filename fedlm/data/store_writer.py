@@ -25,9 +25,8 @@ import numpy.typing as npt
 from fedlm.data.users import SPLITS
 from fedlm.errors import DataError
 
-TOKENS, OFFSETS, BYTES, SPLIT_CODES, USERS, META = (
-    *("tokens.bin", "offsets.npy", "bytes.npy", "splits.npy", "users.txt", "meta.json"),
-)
+TOKENS, USERS, META = "tokens.bin", "users.txt", "meta.json"
+OFFSETS, BYTES, SPLIT_CODES = "offsets.npy", "bytes.npy", "splits.npy"
 TOKEN_DTYPE = np.dtype("<i4")
 
 
@@ -71,9 +70,7 @@ class StoreWriter:
                 under two names would break the unit of privacy without a word.)
         """
         if user.user in self._names:
-            raise DataError(
-                f"user {user.user!r} occurs twice in the corpus; put each user's texts in one place"
-            )
+            raise DataError(f"user {user.user!r} occurs twice in the corpus; put each user's texts together")
         self._names.add(user.user)
         if len(user.tokens) == 0:
             self.num_without_text += 1
@@ -93,10 +90,8 @@ class StoreWriter:
         offsets, codes = np.array(self._offsets), np.array(self._codes, dtype=np.int8)
         counts = {split: int((codes == code).sum()) for code, split in enumerate(SPLITS)}
         _check_counts(counts, len(self._names), str(facts.get("corpus")))
-        tokens = {
-            split: int(np.diff(offsets)[codes == code].sum(dtype=np.int64))
-            for code, split in enumerate(SPLITS)
-        }
+        lengths = np.diff(offsets)  # (U,)
+        tokens = {split: int(lengths[codes == code].sum()) for code, split in enumerate(SPLITS)}
         np.save(self.folder / OFFSETS, offsets)
         np.save(self.folder / BYTES, np.array(self._bytes))
         np.save(self.folder / SPLIT_CODES, codes)

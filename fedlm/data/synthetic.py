@@ -84,9 +84,8 @@ class SyntheticCorpus:
         self.word_law = zipf_mandelbrot(num_words, settings.zipf_exponent, settings.zipf_shift)  # (W,)
         self.word_class = balanced_classes(self.word_law, settings.classes)  # (W,)
         self.class_law = class_sums(self.word_class, self.word_law)  # (C,) pi
-        affinity = stream(self._key, "synthetic-affinity").standard_normal(
-            (settings.classes, settings.classes)
-        )
+        shape = (settings.classes, settings.classes)
+        affinity = stream(self._key, "synthetic-affinity").standard_normal(shape)  # (C, C) G
         self.transition = balanced_transition(settings.temperature * affinity, self.class_law)  # (C, C) A
         self._stationary = stationary_map(self.transition, self.class_law, settings.persistence)  # (C, C)
 
@@ -99,8 +98,7 @@ class SyntheticCorpus:
         """Return the entropies of words: two in closed form, the personal one exact for the users averaged.
 
         Arguments:
-            num_users: Users to average the personal entropy over (about 5 ms each at 512 classes); at most
-                all.
+            num_users: Users to average the personal entropy over (about 4 ms each at 512 classes).
         """
         within = entropy(self.word_law) - entropy(self.class_law)  # H(word | its class), population
         personal = [self.personal_entropy(user) for user in range(min(num_users, self.settings.users))]
@@ -135,11 +133,11 @@ class SyntheticCorpus:
     def draw(self, users: range, num_words: int) -> Ints:
         """Return words 0 .. W-1 of some users, each chain started from its stationary law, (U, N) int64."""
         uniforms = np.stack(
-            [stream(self._key, "synthetic-words", user).random((num_words, 2)) for user in users]
-        )  # (U, N, 2)
+            [stream(self._key, "synthetic-words", user).random((3, num_words)) for user in users], axis=1
+        )  # (3, U, N)
         mixtures = np.stack([self.mixture(user) for user in users])  # (U, C)
-        classes = self._draw_classes(mixtures, uniforms[:, :, 0])  # (U, N)
-        return self._draw_words(classes, uniforms[:, :, 1])
+        classes = self._draw_classes(mixtures, uniforms[0] < self.settings.persistence, uniforms[1])  # (U, N)
+        return self._draw_words(classes, uniforms[2])
 
     def _draw_words(self, classes: Ints, uniforms: Floats) -> Ints:
         """Return a word of each class, by inversion of the law of all words sorted by class, (U, N)."""
@@ -152,22 +150,24 @@ class SyntheticCorpus:
         words: Ints = by_class[np.clip(found, low, high - 1)]  # rounding must not leave the class
         return words
 
-    def _draw_classes(self, mixtures: Floats, uniforms: Floats) -> Ints:
-        """Return class chains (U, N) from mixtures (U, C) and one uniform for each word (U, N)."""
-        weight, users = self.settings.persistence, np.arange(len(mixtures))
+    def _draw_classes(self, mixtures: Floats, follows: npt.NDArray[np.bool_], uniforms: Floats) -> Ints:
+        """Return class chains (U, N).
+
+        Arguments:
+            mixtures: (U, C) theta of each user.
+            follows: (U, N) True where A's row decides, False where theta does; the first word's is not used.
+            uniforms: (U, N) for the inversion.
+        """
+        users = np.arange(len(mixtures))
         common, own = rows_end_to_end(self.transition), rows_end_to_end(mixtures)
         start = rows_end_to_end(mixtures @ self._stationary)
         num_classes, num_words = mixtures.shape[1], uniforms.shape[1]
         classes = np.empty(uniforms.shape, dtype=np.int64)
         classes[:, 0] = pick(start, users, uniforms[:, 0], num_classes)
         for n in range(1, num_words):
-            u = uniforms[
-                :, n
-            ]  # (U,) below lambda: A's row; above: the user's mixture; rescaled to [0, 1) in both
-            follows = u < weight
-            u = np.where(follows, u / max(weight, 1e-300), (u - weight) / max(1 - weight, 1e-300))
-            followed = pick(common, classes[:, n - 1], u, num_classes)
-            classes[:, n] = np.where(follows, followed, pick(own, users, u, num_classes))
+            followed = pick(common, classes[:, n - 1], uniforms[:, n], num_classes)  # (U,)
+            fresh = pick(own, users, uniforms[:, n], num_classes)  # (U,)
+            classes[:, n] = np.where(follows[:, n], followed, fresh)
         return classes
 
 
@@ -188,19 +188,17 @@ def synthetic_users(config: Config, vocabulary: Vocabulary) -> Iterator[UserToke
     """
     ids = _ids_by_rank(vocabulary)  # (W,)
     spelling_bytes = np.array([1 + len(vocabulary.decode([index]).encode()) for index in ids])  # (W,)
-    settings, cap = config.synthetic, config.data.max_tokens_per_user
+    settings = config.synthetic
     corpus = SyntheticCorpus(settings, len(ids), config.seed)
+    num_words = min(settings.tokens_per_user, config.data.max_tokens_per_user - 1)
     boundary = np.array([vocabulary.boundary_id], dtype=np.int32)
     for first in range(0, settings.users, _USERS_AT_ONCE):
         users = range(first, min(first + _USERS_AT_ONCE, settings.users))
-        for user, words in zip(
-            users, corpus.draw(users, min(settings.tokens_per_user, cap - 1)), strict=True
-        ):
+        for user, words in zip(users, corpus.draw(users, num_words), strict=True):
             name = f"synthetic-{user}"
-            tokens = np.concatenate([boundary, ids[words]])
-            yield UserTokens(
-                name, assign_split(name, "", config.data), tokens, int(spelling_bytes[words].sum())
-            )
+            split = assign_split(name, "", config.data)
+            tokens = np.concatenate([boundary, ids[words]])  # (N + 1,)
+            yield UserTokens(name, split, tokens, int(spelling_bytes[words].sum()))
 
 
 def _ids_by_rank(vocabulary: Vocabulary) -> npt.NDArray[np.int32]:

@@ -34,6 +34,8 @@ MARKS_PER_THOUSAND_WORDS: Mapping[str, float] = {
 # Ours: a message has ten words. <pad> is never a target; its mass only keeps every frequency positive.
 BOUNDARIES_PER_THOUSAND_WORDS = 100.0
 PAD_MASS = 1e-9
+# All mass per word: words (the list's own mass below 1 is that of words too rare for it), marks, boundaries.
+_TOTAL = 1 + (sum(MARKS_PER_THOUSAND_WORDS.values()) + BOUNDARIES_PER_THOUSAND_WORDS) / 1000
 
 _TOKEN = re.compile(
     r"<unk>"  # the mark that some corpora ship
@@ -58,18 +60,13 @@ def public_word_frequencies() -> dict[str, float]:
 
     masses = {mark: count / 1000 for mark, count in MARKS_PER_THOUSAND_WORDS.items()}
     masses = {**get_frequency_dict("en", "large"), **masses}
-    # The list's own mass below 1 is that of words too rare to be listed.
-    total = (
-        1.0 + sum(MARKS_PER_THOUSAND_WORDS.values()) / 1000 + BOUNDARIES_PER_THOUSAND_WORDS / 1000 + PAD_MASS
-    )
     ranked = sorted(masses.items(), key=lambda item: (-item[1], item[0]))
-    return {word: mass / total for word, mass in ranked}
+    return {word: mass / _TOTAL for word, mass in ranked}
 
 
 def boundary_frequency() -> float:
     """Return the public probability of a message boundary, on the scale of `public_word_frequencies`."""
-    marks = sum(MARKS_PER_THOUSAND_WORDS.values())
-    return BOUNDARIES_PER_THOUSAND_WORDS / (1000 + marks + BOUNDARIES_PER_THOUSAND_WORDS)
+    return BOUNDARIES_PER_THOUSAND_WORDS / 1000 / _TOTAL
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +87,8 @@ class WordCodec:
         ids, unknown = self._ids, SPECIALS.index("<unk>")
         tokens = [token.lower() for token in _TOKEN.findall(text.translate(_STRAIGHT))]
         # The list has long numbers only in their zeroed form, so only misses are tried again.
-        found = [
-            ids[token] if token in ids else ids.get(_zero_long_numbers(token), unknown) for token in tokens
-        ]
-        return np.array(found, dtype=np.int32)
+        found = (ids.get(token) or ids.get(_zero_long_numbers(token), unknown) for token in tokens)
+        return np.fromiter(found, dtype=np.int32, count=len(tokens))
 
     def prefix_bytes(self, text: str, num_tokens: int) -> int:
         """Return the UTF-8 bytes of `text` up to the end of its token number `num_tokens` (from 1)."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 
-def full_softmax_loss(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
+def full_softmax_loss(
+    hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int
+) -> Tensor:
     """Return the mean cross-entropy over tokens.
 
     Arguments:

@@ -14,7 +14,12 @@ from torch.nn.functional import softplus
 
 
 def nce_loss(
-    hidden: Tensor, targets: Tensor, negatives: Tensor, table: Tensor, bias: Tensor | None, log_expected: Tensor
+    hidden: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    log_expected: Tensor,
 ) -> Tensor:
     """Return the mean of -J over tokens.
 
@@ -36,12 +41,23 @@ def nce_loss(
 
 
 def sampled_softmax_loss(
-    hidden: Tensor, targets: Tensor, negatives: Tensor, table: Tensor, bias: Tensor | None, log_expected: Tensor
+    hidden: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    log_expected: Tensor,
+    *,
+    normalisation: float = 0.0,
 ) -> Tensor:
     """Return the mean cross-entropy against the target and K negatives with the log-q correction.
 
     Arguments are those of `nce_loss`. A negative that equals the target is masked for that token. Source: Jean et al.
     2015, section 3; Bengio and Senecal 2008.
+
+    Arguments:
+        normalisation: Weight of (log Z)^2 with Z as estimated from the sample; it teaches scores to normalise
+            themselves (Devlin et al. 2014, section 2.2), which is where NCE starts from.
     """
     target_rows, negative_rows = table[targets], table[negatives]  # (N, D), (K, D)
     positive = (hidden * target_rows).sum(-1) - log_expected[targets]  # (N,)
@@ -50,6 +66,9 @@ def sampled_softmax_loss(
         positive = positive + bias[targets]
         negative = negative + bias[negatives]
     hits = targets[:, None] == negatives[None, :]  # (N, K)
-    negative = negative.masked_fill(hits, -torch.inf)
-    log_z = torch.logaddexp(positive, torch.logsumexp(negative, -1))  # (N,)
-    return (log_z - positive).sum() / max(len(targets), 1)
+    log_z = torch.logaddexp(positive, torch.logsumexp(negative.masked_fill(hits, -torch.inf), -1))  # (N,)
+    loss = (log_z - positive).sum()
+    if normalisation:
+        # Of the negatives alone: with the target among them the estimate of Z would be biased upwards.
+        loss = loss + normalisation * torch.logsumexp(negative, -1).square().sum()
+    return loss / max(len(targets), 1)

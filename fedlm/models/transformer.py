@@ -75,18 +75,19 @@ class TransformerModel(LanguageModel):
 
     @torch.no_grad()
     def initialise(self, log_frequencies: Tensor, generator: torch.Generator) -> None:
-        """Draw all weights: GPT-2's scales, with a final gain that makes it start as the unigram model.
+        """Draw all weights: GPT-2's scales, with smaller rows so that it starts as the unigram model.
 
-        The residual stream still holds the input row, so with a gain of one a tied model would start by
-        predicting repetitions (a logit of about 0.01 D). The final LayerNorm therefore starts at a gain of
-        1/sqrt(D): hidden states of unit length.
+        The residual stream still holds the input row, so rows of GPT-2's 0.02 would start a tied model
+        predicting repetitions (a logit of about 0.01 D). Rows and positions of 0.5/D keep that logit under 0.5;
+        the first LayerNorm undoes the scale, and a smaller final gain, the other remedy, slowed training.
 
         Arguments:
             log_frequencies: The output bias, (V,).
             generator: The only source of randomness.
         """
-        self.initialise_tables(log_frequencies, _WEIGHT_STD, generator)
-        nn.init.normal_(self.positions, std=_WEIGHT_STD, generator=generator)
+        row_std = 0.5 / self.d_model
+        self.initialise_tables(log_frequencies, row_std, generator)
+        nn.init.normal_(self.positions, std=row_std, generator=generator)
         branch_std = _WEIGHT_STD / (2 * len(self.blocks)) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -97,7 +98,6 @@ class TransformerModel(LanguageModel):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        nn.init.constant_(self.norm.weight, self.d_model**-0.5)
 
 
 class Block(nn.Module):

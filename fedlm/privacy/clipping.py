@@ -172,7 +172,7 @@ class ClippedSum:
             ConfigError: More devices than the sum can hold.
         """
         total = self._live()
-        if not isinstance(other, ClippedSum) or other is self:
+        if type(other) is not ClippedSum or other is self:
             raise DataError(f"cannot add {type(other).__name__}; add_sum takes another ClippedSum")
         if (other.size, other.clip_norm) != (self.size, self.clip_norm):
             raise DataError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import InitVar, asdict, dataclass, field
+from hashlib import blake2b
 from threading import Lock
 from typing import Any, NoReturn
 
@@ -29,7 +30,7 @@ from fedlm.privacy.noise import MAX_STD, NoiseStream
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.statement import figures, stamps, statement
 from fedlm.privacy.terms import PrivacyTerms
-from fedlm.randomness import round_key, stream
+from fedlm.randomness import stream
 
 _TOKEN = object()
 _CHUNK = 65_536
@@ -87,6 +88,7 @@ class PrivacyPlan(PrivacyTerms):
         fix = "raise privacy.population"
         require_count("privacy.expected_cohort", self.expected_cohort, low=1, high=self.population, fix=fix)
         require_number("privacy.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
+        require_number("privacy.epsilon", self.epsilon_target, low=0)
         if self.mechanism != "gaussian":
             raise ConfigError(f"privacy.mechanism = {self.mechanism!r} is not built in; use 'gaussian'")
         if self.enabled != (self.clip_norm < math.inf) or self.enabled != (self.noise_multiplier > 0):
@@ -152,14 +154,16 @@ class PrivacyPlan(PrivacyTerms):
     def sample_cohort(self, round_number: int) -> npt.NDArray[np.int64]:
         """Return the sorted ids of the devices in a round's cohort.
 
-        Device d joins if the d-th coin of the round's stream falls below cohort / fleet_size: independent of
+        Device d joins if the d-th coin of the round falls below cohort / fleet_size: independent of
         all other devices and rounds, and reproducible from the seed, which must therefore stay secret.
 
         Returns:
             (realised cohort,) int64; possibly empty.
         """
         require_count("round", round_number, high=self.rounds)
-        coins = stream(round_key(self.seed, round_number), "cohort").random(self.fleet_size)  # (fleet,)
+        # Not from `round_key`: sampled devices hold that one, and could compute who else was sampled.
+        key = blake2b(f"{self.seed}/cohorts".encode(), digest_size=32).digest()
+        coins = stream(key, "cohort", round_number).random(self.fleet_size)  # (fleet,)
         return np.flatnonzero(coins < self.cohort / self.fleet_size).astype(np.int64)
 
     def new_sum(self, size: int) -> ClippedSum:
@@ -184,7 +188,7 @@ class PrivacyPlan(PrivacyTerms):
             DataError: Not a sum of this plan, or of more devices than the round's cohort has.
             BudgetExceededError: The round, the sum or all planned releases are already spent.
         """
-        if not isinstance(total, ClippedSum) or total.clip_norm != self.clip_norm:
+        if type(total) is not ClippedSum or total.clip_norm != self.clip_norm:
             found = getattr(total, "clip_norm", type(total).__name__)
             raise DataError(
                 f"cannot release {found}; give a sum made by this plan (clip norm {self.clip_norm})"

@@ -39,9 +39,9 @@ def statement(terms: PrivacyTerms) -> str:
     guarantee = (
         f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {_UNIT}; "
         f"adjacency: {_ADJACENCY}) for all {terms.rounds:,} releases together: Poisson sampling at "
-        f"q = {terms.expected_cohort:,} / {terms.population:,} = {terms.sampling_probability:.4g}, Gaussian "
-        f"mechanism with noise multiplier z = {terms.noise_multiplier:.4g}, clip norm C = {terms.clip_norm:g}, "
-        "PLD accounting."
+        f"q = {terms.expected_cohort:,} / {terms.population:,} = {terms.sampling_probability:.4g}, "
+        f"Gaussian mechanism with noise multiplier z = {terms.noise_multiplier:.4g}, "
+        f"clip norm C = {terms.clip_norm:g}, PLD accounting."
     )
     secret = (
         "It holds against those who see only the releases; the seed decides the cohorts and must stay secret."

@@ -114,7 +114,9 @@ def _dense_names(body: Mapping[str, nn.Parameter], patterns: tuple[str, ...]) ->
     for pattern in patterns:
         found = fnmatch.filter(body, pattern)
         if not found:
-            raise ConfigError(f"trainable.dense pattern {pattern!r} matches no tensor; there are {', '.join(body)}")
+            raise ConfigError(
+                f"trainable.dense pattern {pattern!r} matches no tensor; there are {', '.join(body)}"
+            )
         names += found
     return names
 

@@ -86,7 +86,8 @@ class UpdateSpec:
         """Return the spec of one round, whose `rows` blocks hold only `row_ids` (sorted, unique)."""
         assert self.full is None, "rows are selected from the full spec"
         parts = [
-            (b.name, b.kind, (len(row_ids), *b.shape[1:]) if b.kind == "rows" else b.shape) for b in self.blocks
+            (b.name, b.kind, (len(row_ids), *b.shape[1:]) if b.kind == "rows" else b.shape)
+            for b in self.blocks
         ]
         return replace(UpdateSpec.build(parts), row_ids=row_ids, full=self)
 

@@ -28,7 +28,12 @@ def base_folder(config: Config) -> Path:
     kept = {name: made_by[name] for name in ("seed", "data", "vocabulary", "model", "pretrain")}
     if config.data.corpus == "synthetic":
         kept["synthetic"] = made_by["synthetic"]
-    del kept["model"]["base"], kept["model"]["dropout"], kept["data"]["cache_dir"], kept["data"]["max_eval_tokens"]
+    del (
+        kept["model"]["base"],
+        kept["model"]["dropout"],
+        kept["data"]["cache_dir"],
+        kept["data"]["max_eval_tokens"],
+    )
     return cache_folder(config) / "bases" / content_key(kept)
 
 

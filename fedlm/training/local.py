@@ -73,7 +73,9 @@ class LocalTrainer:
             rows = np.arange(self._trainable.model.vocabulary_size if spec.row_blocks else 0)
         self._noise = NoiseDistribution(self._frequencies, self._config.loss, rows)
         self._log_expected = torch.from_numpy(self._noise.log_expected)  # (V,)
-        self._slot = np.full(self._trainable.model.vocabulary_size, -1, np.int64)  # (V,) place in the row set or -1
+        self._slot = np.full(
+            self._trainable.model.vocabulary_size, -1, np.int64
+        )  # (V,) place in the row set or -1
         self._slot[rows] = np.arange(len(rows))
 
     def train(self, tokens: npt.NDArray[np.int32], *, key: bytes, device: int) -> LocalResult:

@@ -20,7 +20,7 @@ RUN_ID = 1
 class LocalGrid(Grid):
     """A grid whose nodes live as long as it does; use it as a context manager.
 
-    A message's time to live is not enforced. Replies that are never pulled stay in memory until the grid is closed.
+    A message's time to live is not enforced. Replies that nobody pulls stay in memory until the grid is closed.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,14 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
-        """Return `Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)`, as Flower advises."""
+        """Return `Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     @abstractmethod

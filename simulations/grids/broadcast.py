@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord
 
-from simulations.grids import wire  # registers how arrays travel
-
 _Key = tuple[tuple[str, str, tuple[int, ...], str, int], ...]
 
 
@@ -47,9 +45,10 @@ class BroadcastStore:
             self._entries[key] = _Entry(self._put(record), buffers, sum(map(len, buffers)))
         return self._entries[key].reference
 
+    def clear(self) -> None:
+        """Drop every reference."""
+        self._entries.clear()
+
     def num_bytes(self) -> int:
         """Return the bytes of the records that this store holds."""
         return sum(entry.num_bytes for entry in self._entries.values())
-
-
-__all__ = ["BroadcastStore", "wire"]

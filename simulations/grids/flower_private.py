@@ -1,6 +1,6 @@
-"""The only module that imports private parts of flwr; each is tested by a contract in tests/simulations/test_grids.py.
+"""The only module that imports private parts of flwr; tests/simulations/test_grids.py has a contract for each.
 
-flwr moves its modules with every release. When a contract test fails after an upgrade, this file is the one to mend.
+flwr moves its modules with every release. When a contract fails after an upgrade, this is the file to mend.
 
     TaskIdentity       process-global; `flwr.app.Message(...)` raises without it
     Run                what `Grid.run` returns

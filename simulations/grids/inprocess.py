@@ -76,10 +76,10 @@ class InProcessGrid(LocalGrid):
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the first queued message among `message_ids`, in the order they were pushed, and return its reply.
+        """Run one of these messages, the one that was pushed first, and return its reply.
 
-        One message a call: the caller can show progress, and Ctrl-C ends at a message. Unknown ids and messages that
-        were answered before are passed over.
+        One message a call, so that the caller can show progress. Ids that are unknown or were answered before are
+        passed over.
         """
         wanted = set(message_ids)
         message_id = next((queued for queued in self._queue if queued in wanted), None)

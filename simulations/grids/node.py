@@ -17,6 +17,9 @@ MAX_REASON = 300
 """Characters of an exception's message that an error reply carries."""
 
 
+_EXPECTED_REPLY = "it must return Message(content, reply_to=message)"
+
+
 class Outcome(NamedTuple):
     """The reply of a node, and the traceback when it is an error reply of an app that raised."""
 
@@ -32,7 +35,7 @@ def node_ids(num_nodes: int) -> list[int]:
 def new_context(
     index: int, num_nodes: int, run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]
 ) -> Context:
-    """Return the context of one node, with `partition-id` and `num-partitions` as Flower's simulation sets them.
+    """Return the context of one node, with the `partition-id` and `num-partitions` of Flower's simulation.
 
     Arguments:
         index: Of the node, from 0.
@@ -83,8 +86,6 @@ def answer(app: ClientApp, message: Message, context: Context) -> Outcome:
 
 def _check_reply(reply: object, message_id: str) -> None:
     if not isinstance(reply, Message):
-        raise TypeError(
-            f"the ClientApp returned {type(reply).__name__}; it must return Message(content, reply_to=message)"
-        )
+        raise TypeError(f"the ClientApp returned {type(reply).__name__}; {_EXPECTED_REPLY}")
     if reply.metadata.reply_to_message_id != message_id:
-        raise ValueError("the ClientApp answered another message; it must return Message(content, reply_to=message)")
+        raise ValueError(f"the ClientApp answered another message; {_EXPECTED_REPLY}")

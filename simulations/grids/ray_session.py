@@ -31,12 +31,12 @@ EXIT_TIMEOUT_S = 10.0
 _MIN_STORE_BYTES = 128 * 2**20  # Ray refuses less than 75 MiB
 _WORKING_STORE_BYTES = 2**30
 
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # glibc gives large temporaries back to the system at once and pays for them in page faults at the next batch
+    # glibc gives large temporaries back to the system at once, and the next batch pays for them in page faults
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
 }
@@ -75,8 +75,8 @@ class RaySession:
     """Starts Ray on this machine, or joins a cluster, in a thread of its own.
 
     Arguments:
-        address: Of a running cluster; empty starts Ray here with `available_cores()` CPUs. A Ray that this process has
-            joined already is used as it is, and left running.
+        address: Of a running cluster; empty starts Ray here with `available_cores()` CPUs. A Ray that this process
+            has joined already is used as it is, and left running.
         store_bytes: Object store of a Ray that is started here.
         on_connect: Runs in the thread once Ray is there; receives the ray module.
     """
@@ -112,13 +112,18 @@ class RaySession:
             where = f"cluster at {self._address!r}" if self._address else "this machine"
             raise WorkerError(f"Ray on {where}: {one_line(self._failure)}") from self._failure
 
+    def settle(self) -> bool:
+        """Wait until the thread has connected or failed, and return whether Ray can be used."""
+        self._connected.wait(START_TIMEOUT_S)
+        return not self._closed and self.ray is not None and bool(self.ray.is_initialized())
+
     def close(self) -> None:
         """Leave Ray; if it was started here, end it and wait until every process of it is gone."""
         if self._closed:
             return
+        self.settle()
         self._closed = True
         atexit.unregister(self.close)
-        self._connected.wait(START_TIMEOUT_S)
         processes = _ray_processes(self._folder) if self._folder else {}
         if self._joined:
             self.ray.shutdown()
@@ -146,7 +151,6 @@ class RaySession:
         context = self.ray.init(
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
             **options,
         )
         self._joined = True
@@ -170,7 +174,8 @@ def _ray_processes(session_folder: str) -> dict[int, str]:
     """
     stats = _process_table()
     found: dict[int, str] = {}
-    parents = {pid for pid, (parent, _) in stats.items() if parent == os.getpid() and session_folder in _command(pid)}
+    children = {pid for pid, (parent, _) in stats.items() if parent == os.getpid()}
+    parents = {pid for pid in children if session_folder in _command(pid)}
     while parents:
         found.update({pid: stats[pid][1] for pid in parents})
         parents = {pid for pid, (parent, _) in stats.items() if parent in parents}

@@ -1,7 +1,7 @@
-"""How messages travel between the server and a node on this machine: pickle protocol 5, array bytes out of band.
+"""How messages travel between the server and a node: pickle protocol 5, the bytes of arrays out of band.
 
-flwr's `Array` holds `bytes`, which pickle would copy into its stream. Importing this module registers a reduction of
-`Array` that offers them as a buffer instead, so Ray writes them straight into its object store and `clone` shares them.
+flwr's `Array` holds `bytes`, which pickle would copy into its stream. Importing this module registers a reduction
+of `Array` that offers them as a buffer instead: Ray writes them straight into its object store, `clone` shares them.
 Large array records are *detached*: they travel as objects of their own, once for all messages that carry them.
 """
 
@@ -25,8 +25,9 @@ DETACH_BYTES = 65_536
 
 def _rebuild_array(dtype: str, shape: tuple[int, ...], stype: str, buffer: Any) -> Array:
     view = memoryview(buffer)
-    whole = type(view.obj) is bytes and len(view.obj) == view.nbytes
-    data = view.obj if whole else view.tobytes()  # bytes cannot change: in one process both sides share them
+    owner = view.obj
+    # bytes cannot change: in one process both sides share them
+    data = owner if isinstance(owner, bytes) and len(owner) == view.nbytes else view.tobytes()
     return Array(dtype=dtype, shape=shape, stype=stype, data=data)
 
 

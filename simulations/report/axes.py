@@ -83,7 +83,7 @@ def tick_labels(scale: Scale) -> list[str]:
     ticks = scale.ticks
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if scale.log or len(ticks) < 2 or not 1e-4 <= largest < 1e7:
-        return [figure(tick, 2) for tick in ticks]
+        return [figure(tick) for tick in ticks]
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return [f"{tick:,.{decimals}f}" for tick in ticks]
 

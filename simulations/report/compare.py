@@ -18,7 +18,7 @@ def compare_table(runs: Sequence[Path]) -> list[dict[str, object]]:
         runs: The run folders.
 
     Returns:
-        For each run its summary and, by dotted name, every configuration key whose value differs between runs;
+        For each run its summary and, by dotted name, each configuration key whose value differs between runs;
         None where a run's configuration lacks the key. `rounds` is always the number of rounds done.
 
     Raises:

@@ -28,11 +28,11 @@ def figure(value: float | None, digits: int = 4) -> str:
     return _strip(f"{value:,.{max(digits - 1 - exponent, 0)}f}")
 
 
-def bound(value: float | None, digits: int = 3) -> str:
+def bound(value: float | None, digits: int = 4) -> str:
     """Return an upper bound, such as an epsilon, rounded up: what is printed still holds.
 
-    >>> bound(1.9711), bound(2.0), bound(None)
-    ('1.98', '2', '–')
+    >>> bound(1.97401), bound(2.0), bound(None)
+    ('1.975', '2', '–')
     """
     if value is None or not math.isfinite(value) or value <= 0:
         return figure(value)
@@ -49,9 +49,11 @@ def column(values: Iterable[float | None], digits: int = 4) -> list[str]:
     """
     known = list(values)
     finite = [abs(value) for value in known if value is not None and math.isfinite(value)]
+    largest = max(finite, default=0) or 1
+    if not 1e-6 <= largest < 1e9:
+        return [figure(value, digits) for value in known]
     whole = all(value == int(value) for value in finite)
-    exponent = math.floor(math.log10(max(finite, default=0) or 1))
-    decimals = 0 if whole else max(digits - 1 - exponent, 0)
+    decimals = 0 if whole else max(digits - 1 - math.floor(math.log10(largest)), 0)
     return [
         ABSENT if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}" for value in known
     ]

@@ -14,6 +14,7 @@ from simulations.report.tables import fold, pairs, rounds_table
 from simulations.run_files import RunRecord, read_run
 from simulations.summary import RunSummary, summarise_record
 
+_BOUNDS = {"epsilon", "epsilon_of_this_fleet"}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -27,7 +28,7 @@ def write_report(run: Path) -> Path:
         The path of the report.
 
     Raises:
-        DataError: The folder is not a run.
+        DataError: The folder is not a run, or a file of it is broken.
         OutputError: The file cannot be written.
     """
     page = "<!DOCTYPE html>\n" + render(read_run(run))
@@ -156,15 +157,16 @@ def _privacy(record: RunRecord) -> Markup:
     banner = [element("div", *(_stamp(stamp, "stamp") for stamp in record.stamps), class_="stamps")]
     statement = str(record.privacy.get("statement") or "This run makes no privacy statement.")
     figures = [
-        (key.replace("_", " "), value)
+        (key.replace("_", " "), bound(value) if key in _BOUNDS and value is not None else value)
         for key, value in record.privacy.items()
         if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
     ]
-    box = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"), pairs(figures))
+    claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"))
     return element(
         "section",
         *(banner if record.stamps else []),
-        element("div", box, epsilon_panel(record), class_="columns"),
+        element("div", claim, epsilon_panel(record), class_="columns"),
+        pairs(figures),
         class_="privacy stamped" if record.stamps else "privacy",
     )
 

@@ -48,7 +48,7 @@ def learning_panels(record: RunRecord) -> list[Markup]:
                 by_traffic,
                 megabytes,
                 height,
-                "Against all that a device sends and receives if it trains in every round.",
+                "Against all that a device sends and receives if it is in every round.",
             ),
         ]
     return panels
@@ -58,7 +58,7 @@ def epsilon_panel(record: RunRecord) -> Markup:
     """Return the privacy spent against rounds, with the target where the config has one."""
     points = _points(record.metrics, "epsilon")
     delta = figure(number(record.privacy, "delta"))
-    if not points:
+    if number(record.metrics[-1], "epsilon") is None:
         return _absent(
             "Epsilon by round", "No finite epsilon: this run gives no differential privacy guarantee."
         )
@@ -111,9 +111,12 @@ def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
     if not values:
         return _absent("Update norms by round", "No round has been trained yet.")
     clip_norm = number(record.start, "clip_norm")
+    compared = (
+        " and the devices' own updates before clipping" if any(one.points for one in series[1:]) else ""
+    )
     return card(
         "Update norms by round",
-        "L2 norms: the released mean with its noise, and the devices' own updates before clipping.",
+        f"L2 norms of the released mean with its noise{compared}.",
         line_chart(
             series,
             title="Update norms by round",
@@ -202,10 +205,10 @@ def _points(lines: Sequence[Record], key: str) -> tuple[Point, ...]:
 
 
 def _traffic(record: RunRecord) -> tuple[str, dict[int, float]]:
-    """Return a unit and, by round, the cumulative traffic in it of a device that trains in every round."""
+    """Return a unit and, by round, the cumulative traffic in it of a device sampled in every round."""
     of_round = {
         event.get("round"): ((number(event, "bytes_up") or 0) + (number(event, "bytes_down") or 0))
-        / max(number(event, "trained") or 0, 1)
+        / max(number(event, "sampled") or 0, 1)
         for event in record.events("round")
     }
     so_far, totals = 0.0, {}

@@ -80,6 +80,7 @@ h1 { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-
 .privacy { border: 1px solid var(--rule); border-radius: 14px; background: var(--card); overflow: hidden; }
 .privacy .columns > div { padding: 22px 0 22px 24px; }
 .privacy .card { border: 0; }
+.privacy .pairs { margin: 8px 24px 24px; }
 .statement { font-size: 17px; line-height: 1.5; }
 .stamped { border: 2px solid var(--alarm); }
 .stamps { padding: 16px 24px; background: var(--alarm); color: var(--on-alarm); print-color-adjust: exact;
@@ -155,20 +156,22 @@ h1 { font-size: 27px; }
 .columns { grid-template-columns: minmax(0, 1fr); }
 .card { padding: 14px 14px 10px; }
 .privacy .columns > div { padding: 18px 16px 0; }
+.privacy .pairs { margin: 8px 16px 18px; }
 .raw { padding: 14px; margin-left: -6px; margin-right: -6px; }
 svg, svg .name { font-size: 15px; }
 """
 
 _PAPER = """
 @page { margin: 14mm; }
-body { font-size: 11pt; }
+body { font-size: 11pt; background: none; }
 main { max-width: none; padding: 0; }
 .card, .tiles, .privacy, tr { break-inside: avoid; }
 h2 { break-after: avoid; }
 .probes { display: none; }
 .scroll, pre { max-height: none; overflow: visible; white-space: pre-wrap; }
-table { font-size: 7.5pt; }
-th, td { padding: 2px 4px; }
+thead { position: static; }
+table { font-size: 6.5pt; }
+th, td { padding: 1px 3px; white-space: normal; }
 details::details-content { content-visibility: visible; block-size: auto; }
 """
 

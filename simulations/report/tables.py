@@ -90,6 +90,8 @@ def _column(lines: Sequence[Record], key: str) -> list[str]:
 def _shown(value: object) -> str:
     if value is None:
         return ABSENT
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
         return figure(value)
     return str(value)

@@ -86,8 +86,10 @@ def test_evaluation_is_the_full_softmax(problem: dict[str, Tensor]) -> None:
     assert result.bits_per_byte == pytest.approx(N * float(nll) / math.log(2) / 31, rel=1e-12)
     assert result.log_z_mean == pytest.approx(float(log_z.mean()), rel=1e-12)
     assert result.log_z_std == pytest.approx(float(log_z.std(correction=0)), rel=1e-9)
-    halves = [score(p["hidden"][s], p["targets"][s], p["table"], p["bias"], num_bytes=b, chunk=9)
-              for s, b in ((slice(0, 3), 11), (slice(3, N), 20))]
+    halves = [
+        score(p["hidden"][s], p["targets"][s], p["table"], p["bias"], num_bytes=b, chunk=9)
+        for s, b in ((slice(0, 3), 11), (slice(3, N), 20))
+    ]
     assert (halves[0] + halves[1]).perplexity == pytest.approx(result.perplexity, rel=1e-12)
 
 

@@ -28,11 +28,16 @@ delta = 1e-6
 population = 1000000
 """
 STATEMENT = (
-    "User-level (epsilon 1.98, delta 1e-6) differential privacy, add-or-remove-one user, Poisson sampling of "
-    "5,000 expected of 1,000,000 devices, Gaussian mechanism with noise multiplier 0.72 and clip norm 0.3, "
-    "over 30 rounds, accounted by privacy loss distributions."
+    "User-level differential privacy with epsilon 1.975 at delta 1e-06 (unit: user (all data of one device); "
+    "adjacency: add or remove one user) for all 30 releases together: Poisson sampling at "
+    "q = 5,000 / 1,000,000 = 0.005, Gaussian mechanism with noise multiplier z = 0.72, clip norm C = 0.3, "
+    "PLD accounting. It holds against those who see only the releases; the seed decides the cohorts and must "
+    "stay secret."
 )
-STAMP = "no guarantee for this model: noise scaled to a population of 1,000,000, simulated fleet of 5,981"
+STAMP = (
+    "no guarantee for this model: epsilon 1.975 is that of 5,000 of 1,000,000 users a round; "
+    "the simulated 100 of 5,981 got epsilon 83.13"
+)
 UP, DOWN = 2_310_144, 2_404_352
 
 
@@ -64,6 +69,16 @@ def trained(i: int) -> int:
     return 96 + (i * 37) % 11
 
 
+def failed(i: int) -> dict[str, int]:
+    """Return how many devices failed in a round, by cause."""
+    return {"not enough memory": 1} | ({"dropped out": 2} if i % 3 == 0 else {})
+
+
+def sampled(i: int) -> int:
+    """Return how many devices a round sampled; all of them are metered."""
+    return trained(i) + sum(failed(i).values())
+
+
 def _metrics(i: int, rounds: int, eval_every: int, private: bool) -> dict[str, Any]:
     evaluated = i in {0, rounds} or (eval_every and i % eval_every == 0)
     perplexity = 228.0 + 184.3 * math.exp(-i / 9.0) if evaluated else None
@@ -79,13 +94,13 @@ def _metrics(i: int, rounds: int, eval_every: int, private: bool) -> dict[str, A
             "signal_to_noise": 1.2 * wobble,
         },
     }
-    devices = sum(trained(j) for j in range(1, i + 1))
+    devices = sum(sampled(j) for j in range(1, i + 1))
     return {
         "round": i,
         "seconds": 14.0 + 6.9 * i,
         "round_seconds": 5.8 if i else 0.0,
         "devices": trained(i) if i else 0,
-        "epsilon": (0.55 + 0.26 * math.sqrt(i) if i else 0.0) if private else None,
+        "epsilon": 0.0 if i == 0 else 0.55 + 0.26 * math.sqrt(i) if private else None,
         "megabytes_up": devices * UP / 1e6,
         "megabytes_down": devices * DOWN / 1e6,
         "perplexity": perplexity,
@@ -118,28 +133,40 @@ def _start(private: bool, stamps: tuple[str, ...]) -> dict[str, Any]:
         "clip_norm": 0.3,
         "blocks": blocks,
         "privacy": {
-            "statement": STATEMENT if private else "No differential privacy: no clipping and no noise.",
+            "statement": STATEMENT if private else "NOT PRIVATE: privacy.enabled is false.",
             "stamps": list(stamps),
-            "unit": "user",
-            "adjacency": "add or remove one",
-            "delta": 1e-6 if private else None,
-            "noise_multiplier": 0.72 if private else 0.0,
+            "enabled": private,
+            "unit": "user (all data of one device)",
+            "adjacency": "add or remove one user",
+            "sampler": "poisson",
+            "mechanism": "gaussian",
+            "accountant": "pld",
+            "epsilon": 1.97407 if private else None,
+            "epsilon_of_this_fleet": 83.12345 if private else None,
+            "epsilon_target": 2.0,
+            "delta": 1e-6,
+            "noise_multiplier": 0.72,
+            "clip_norm": 0.3 if private else None,
+            "rounds": 30,
+            "sampling_probability": 0.005,
             "population": 1_000_000,
             "expected_cohort": 5_000,
+            "fleet_size": 5_981,
+            "cohort": 100,
+            "reproducible_noise": False,
         },
     }
 
 
 def _round(i: int) -> dict[str, Any]:
-    failed = {"not enough memory": 1} | ({"dropped out": 2} if i % 3 == 0 else {})
     return {
         "event": "round",
         "round": i,
-        "sampled": trained(i) + sum(failed.values()),
+        "sampled": sampled(i),
         "trained": trained(i),
-        "failed": failed,
-        "bytes_up": trained(i) * UP,
-        "bytes_down": trained(i) * DOWN,
+        "failed": failed(i),
+        "bytes_up": sampled(i) * UP,
+        "bytes_down": sampled(i) * DOWN,
         "seconds": 5.8,
     }
 

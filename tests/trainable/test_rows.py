@@ -15,7 +15,9 @@ ZIPF = 1 / (np.arange(400) + 2.7)
 ZIPF /= ZIPF.sum()
 
 
-@pytest.mark.parametrize(("alpha", "count"), [(0.0, 40), (0.5, 40), (1.0, 40), (1.0, 300), (0.5, 400), (2.0, 399)])
+@pytest.mark.parametrize(
+    ("alpha", "count"), [(0.0, 40), (0.5, 40), (1.0, 40), (1.0, 300), (0.5, 400), (2.0, 399)]
+)
 def test_inclusion_probabilities_sum_to_count_and_follow_the_power(alpha: float, count: int) -> None:
     pi = inclusion_probabilities(ZIPF, alpha, count)
     assert pi.sum() == pytest.approx(count)
@@ -62,7 +64,12 @@ def test_row_sets_are_sorted_unique_and_a_function_of_seed_and_round(sampler: st
 def test_scatter_writes_exactly_what_gather_reads(data: st.DataObject) -> None:
     vocabulary = data.draw(st.integers(1, 12))
     full = UpdateSpec.build(
-        [("a", "lora_a", (2, 3)), ("table", "rows", (vocabulary, 4)), ("b", "bias", (5,)), ("ob", "rows", (vocabulary,))]
+        [
+            ("a", "lora_a", (2, 3)),
+            ("table", "rows", (vocabulary, 4)),
+            ("b", "bias", (5,)),
+            ("ob", "rows", (vocabulary,)),
+        ]
     )
     ids = np.array(sorted(data.draw(st.sets(st.integers(0, vocabulary - 1)))), np.int64)
     spec = full.with_rows(ids)

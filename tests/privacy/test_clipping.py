@@ -1,0 +1,217 @@
+"""The exact sum: sensitivity in exact integers, associativity, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fedlm.errors import BudgetExceededError, ConfigError, DataError
+from fedlm.privacy import ClippedSum, Clipper
+from fedlm.privacy.clipping import CAPACITY
+
+UNITS = 2**40
+Vector = npt.NDArray[np.float32]
+
+values = st.one_of(
+    st.floats(width=32),
+    st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 3.4e38, math.inf, -math.inf, math.nan, 1.0, -0.5]).map(
+        lambda value: float(np.float32(value))
+    ),
+)
+updates = arrays(np.float32, st.integers(1, 40), elements=values)
+clip_norms = st.one_of(st.floats(1e-12, 1e12), st.sampled_from([0.3, 1.0, 1e-12, 1e12]))
+
+
+def integers(total: ClippedSum) -> list[int]:
+    return [int(value) for value in total.to_arrays()[0]]
+
+
+@settings(max_examples=600, deadline=None)
+@given(update=updates, clip_norm=clip_norms, scale=st.sampled_from([1.0, 1e-30, 1e-6, 1e6]))
+def test_one_device_moves_the_sum_by_at_most_the_clip_norm(
+    update: Vector, clip_norm: float, scale: float
+) -> None:
+    with np.errstate(all="ignore"):
+        update = (update.astype(np.float64) * scale).astype(np.float32)
+    total = Clipper(clip_norm).new_sum(update.size)
+    record = total.add(update)
+    contribution = integers(total)
+    assert sum(value * value for value in contribution) <= UNITS**2  # exact integers, no rounding
+    assert record.finite == bool(np.isfinite(update).all())
+    if not record.finite:
+        assert not any(contribution)
+    else:
+        exact = math.sqrt(math.fsum(float(value) ** 2 for value in update))
+        kept = min(1.0, clip_norm / exact) if exact else 1.0
+        assert record.clipped == (exact > clip_norm * (1 - 2**-20)) or exact == pytest.approx(
+            clip_norm, rel=1e-5
+        )
+        wanted = [float(value) * kept / clip_norm * UNITS for value in update]
+        assert contribution == pytest.approx(wanted, rel=2**-19, abs=1.0)
+
+
+@pytest.mark.parametrize("size", [1, 8_191, 16_384, 16_385, 100_003])
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_large_updates_are_clipped_over_all_chunks(size: int, scale: float) -> None:
+    update = (np.random.default_rng(size).standard_normal(size) * scale).astype(np.float32)
+    update[size // 3 : size // 2] = 0
+    total = Clipper(0.3).new_sum(size)
+    record = total.add(update)
+    assert record.norm == pytest.approx(float(np.linalg.norm(update.astype(np.float64))), rel=1e-12)
+    contribution = integers(total)
+    squares = sum(value * value for value in contribution)
+    assert squares <= UNITS**2
+    if record.clipped:
+        assert squares >= (UNITS * (1 - 2**-19)) ** 2 - size * UNITS
+    expected = update.astype(np.float64) * (min(1.0, 0.3 / record.norm) / 0.3 * UNITS)
+    np.testing.assert_allclose(np.array(contribution, np.float64), expected, rtol=2e-6, atol=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), num_devices=st.integers(0, 12), num_groups=st.integers(1, 5))
+def test_any_order_and_grouping_gives_the_same_bits(seed: int, num_devices: int, num_groups: int) -> None:
+    rng = np.random.default_rng(seed)
+    clipper = Clipper(0.3)
+    devices = [
+        (rng.standard_normal(17) * 10.0 ** rng.integers(-9, 3)).astype(np.float32) for _ in range(num_devices)
+    ]
+    straight = clipper.new_sum(17)
+    for update in devices:
+        straight.add(update)
+    groups = [clipper.new_sum(17) for _ in range(num_groups)]
+    for index in rng.permutation(num_devices):
+        groups[rng.integers(num_groups)].add(devices[index])
+    merged = clipper.new_sum(17)
+    for index in rng.permutation(num_groups):
+        vector, fields = groups[index].to_arrays()
+        merged.add_sum(clipper.sum_from_arrays(vector.copy(), dict(fields)))
+    assert integers(merged) == integers(straight)
+    assert merged.num_devices == straight.num_devices == num_devices
+
+
+def test_neighbouring_cohorts_differ_by_exactly_one_contribution() -> None:
+    # Magnitudes at which an fp32 or fp64 sum would round the others differently once the device joins.
+    rng = np.random.default_rng(0)
+    devices = [(rng.standard_normal(50) * 10.0 ** rng.integers(-8, 1)).astype(np.float32) for _ in range(30)]
+    clipper = Clipper(0.3)
+
+    def summed(members: list[Vector]) -> npt.NDArray[np.int64]:
+        total = clipper.new_sum(50)
+        for update in members:
+            total.add(update)
+        return total.to_arrays()[0]
+
+    for left_out in range(30):
+        rest = devices[:left_out] + devices[left_out + 1 :]
+        assert np.array_equal(summed(devices) - summed(rest), summed([devices[left_out]]))
+
+
+def test_without_clipping_large_finite_updates_pass_and_overflowing_ones_do_not() -> None:
+    total = Clipper(math.inf).new_sum(3)
+    assert total.add(np.array([64.0, -3.5, 0], np.float32)).finite
+    assert not total.add(np.array([64.1, 0, 0], np.float32)).finite
+    assert not total.add(np.array([0, -65.0, 0], np.float32)).finite
+    assert integers(total) == [64 * UNITS, -3.5 * UNITS, 0]
+    assert total.num_devices == 3
+
+
+def test_a_full_sum_refuses_the_next_device_and_does_not_overflow() -> None:
+    clipper = Clipper(1.0)
+    vector = np.full(1, UNITS - 2**20, np.int64) * CAPACITY
+    total = clipper.sum_from_arrays(vector, {"clip_norm": 1.0, "num_devices": CAPACITY})
+    with pytest.raises(ConfigError, match="could overflow"):
+        total.add(np.ones(1, np.float32))
+    one = clipper.new_sum(1)
+    one.add(np.ones(1, np.float32))
+    with pytest.raises(ConfigError, match="could overflow"):
+        one.add_sum(total)
+
+
+def test_a_sum_is_consumed_once() -> None:
+    clipper = Clipper(1.0)
+    total, other = clipper.new_sum(2), clipper.new_sum(2)
+    other.add(np.ones(2, np.float32))
+    total.add_sum(other)
+    for again in (lambda: total.add_sum(other), other.to_arrays, lambda: other.add(np.ones(2, np.float32))):
+        with pytest.raises(BudgetExceededError, match="already"):
+            again()
+    with pytest.raises(DataError):
+        total.add_sum(total)
+    assert total.num_devices == 1
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        np.ones(2, np.float64),
+        np.ones(2, np.float16),
+        np.ones(3, np.float32),
+        np.ones((1, 2), np.float32),
+        np.ma.masked_array(np.ones(2, np.float32), [True, False]),
+        np.ones(2, ">f4"),
+        [1.0, 2.0],
+    ],
+)
+def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) -> None:
+    total = Clipper(1.0).new_sum(2)
+    with pytest.raises(DataError, match="float32"):
+        total.add(update)  # type: ignore[arg-type]
+    assert total.num_devices == 0
+
+
+@pytest.mark.parametrize(
+    ("vector", "fields"),
+    [
+        (np.zeros(2, np.int32), {"clip_norm": 1.0, "num_devices": 1}),
+        (np.zeros((2, 1), np.int64), {"clip_norm": 1.0, "num_devices": 1}),
+        (np.zeros(0, np.int64), {"clip_norm": 1.0, "num_devices": 1}),
+        (np.zeros(2, np.int64), {"clip_norm": 2.0, "num_devices": 1}),
+        (np.zeros(2, np.int64), {"clip_norm": math.nan, "num_devices": 1}),
+        (np.zeros(2, np.int64), {"clip_norm": 1.0, "num_devices": -1}),
+        (np.zeros(2, np.int64), {"clip_norm": 1.0, "num_devices": CAPACITY + 1}),
+        (np.zeros(2, np.int64), {"clip_norm": 1.0, "num_devices": 1.0}),
+        (np.zeros(2, np.int64), {"clip_norm": 1.0}),
+        (np.array([1, 0]), {"clip_norm": 1.0, "num_devices": 0}),
+        (np.array([UNITS, 1]), {"clip_norm": 1.0, "num_devices": 1}),
+        (np.array([UNITS, UNITS]), {"clip_norm": 1.0, "num_devices": 1}),
+        (np.array([-(2**63), 0]), {"clip_norm": 1.0, "num_devices": CAPACITY}),
+    ],
+)
+def test_what_no_honest_node_sends_is_refused(
+    vector: npt.NDArray[np.int64], fields: dict[str, int | float]
+) -> None:
+    with pytest.raises(DataError):
+        Clipper(1.0).sum_from_arrays(vector, fields)
+
+
+def test_a_received_sum_does_not_alias_the_message() -> None:
+    message = np.array([5, 7])
+    total = Clipper(1.0).sum_from_arrays(message, {"clip_norm": 1.0, "num_devices": 1})
+    message[0] = 2**62
+    assert integers(total) == [5, 7]
+    with pytest.raises(ValueError, match="read-only"):
+        total.to_arrays()[0][0] = 1
+
+
+def test_sums_cannot_be_built_pickled_or_copied_around_the_clip() -> None:
+    with pytest.raises(TypeError, match="new_sum"):
+        ClippedSum(3, Clipper(1.0))
+    total = Clipper(1.0).new_sum(3)
+    for copying in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="neither pickled nor copied"):
+            copying(total)
+    assert pickle.loads(pickle.dumps(Clipper(1.0))) == Clipper(1.0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.nan, -math.inf, 1e-13, 1e13])
+def test_clip_norms_out_of_range_are_refused(clip_norm: float) -> None:
+    with pytest.raises(ConfigError, match="clip_norm"):
+        Clipper(clip_norm)
