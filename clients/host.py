@@ -92,14 +92,10 @@ class DeviceHost:
         """Score held-out users with the exact full softmax."""
         if not self._apply(broadcast):
             return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0)
-        self._trainable.load(
-            {b.name: b.view(self._values) for b in self._trainable.spec.blocks if b.kind != "rows"}
-        )
+        self._trainable.load({b.name: b.view(self._values) for b in self._trainable.spec.blocks if b.kind != "rows"})
         self._trainable.model.eval()
         total = sum((self._score_user(user) for user in request.users.tolist()), Score())
-        return EvaluateReply(
-            False, total.nll, total.num_tokens, total.num_bytes, total.log_z, total.log_z_squared
-        )
+        return EvaluateReply(False, total.nll, total.num_tokens, total.num_bytes, total.log_z, total.log_z_squared)
 
     def _apply(self, broadcast: Broadcast) -> bool:
         """Bring the values up to date; False if the patch does not fit."""

@@ -46,7 +46,7 @@ class BudgetExceededError(FedlmError):
     exit_code = 3
 
 
-class Interrupted(FedlmError):
+class Interrupted(FedlmError):  # noqa: N818  named like KeyboardInterrupt: not an error of the program
     """The user pressed Ctrl-C; the run can be resumed."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""From a config to its parts: vocabulary, token store, model, what trains. Server, nodes and `pretrain` all start here."""
+"""From a config to its parts: vocabulary, token store, model, what trains. Server and nodes all start here."""
 
 from __future__ import annotations
 

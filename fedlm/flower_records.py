@@ -1,22 +1,23 @@
 """Messages of `fedlm.messages` as Flower records.
 
-The one module of this package that imports flwr (its public part); server and clients import it, the rest of fedlm never
-does.
+The one module of this package that imports flwr (its public part); server and clients import it, the rest of fedlm
+never does.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
 from fedlm.messages import pack, unpack
 
 Message = TypeVar("Message")
+Records: TypeAlias = dict[str, ArrayRecord | MetricRecord | ConfigRecord]
 
 
-def to_records(name: str, message: Any) -> dict[str, ArrayRecord | ConfigRecord]:
+def to_records(name: str, message: Any) -> Records:
     """Return the two records of a message, `<name>.arrays` and `<name>.scalars`."""
     arrays, scalars = pack(message)
     return {

@@ -1,8 +1,8 @@
 """What server and nodes say to each other, independent of the transport.
 
-A node hosts one or more devices and keeps the current model. The server's broadcast of round t carries only what changed
-since the round before (a *patch*); a node that missed a round, or that has just started, answers `stale` and gets the
-whole vector once. Nothing is ever sent twice to a node that is up to date.
+A node hosts one or more devices and keeps the current model. The server's broadcast of round t carries only what
+changed since the round before (a *patch*); a node that missed a round, or that has just started, answers `stale` and
+gets the whole vector once.
 
 Each message is a frozen dataclass of arrays and scalars; `pack` and `unpack` split it so, generically.
 """

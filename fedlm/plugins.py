@@ -24,6 +24,4 @@ def load_object(reference: str, key: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{key} = {reference!r} cannot be imported: {error}; is its folder on PYTHONPATH?"
-        ) from error
+        raise ConfigError(f"{key} = {reference!r} cannot be imported: {error}; is its folder on PYTHONPATH?") from error

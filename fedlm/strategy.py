@@ -102,9 +102,7 @@ class SumStrategy:
         mean = release.mean(state.total)
         slots = {name: release.spec.gather(array) for name, array in state.slots.items()}
         values = release.spec.gather(state.values)
-        values, diagnostics = self.step(
-            replace(state, slots=slots, num_steps=state.num_steps + 1), values, mean
-        )
+        values, diagnostics = self.step(replace(state, slots=slots, num_steps=state.num_steps + 1), values, mean)
         release.spec.scatter(state.values, values)
         for name, array in state.slots.items():
             release.spec.scatter(array, slots[name])

@@ -75,14 +75,10 @@ def strategy_of(config: StrategyConfig) -> Strategy:
     built_in = BUILT_IN.get(config.kind)
     if built_in is None and ":" not in config.kind:
         known = ", ".join(BUILT_IN)
-        raise ConfigError(
-            f"unknown strategy.kind {config.kind!r}; choose {known}, or name your own as pkg.mod:Class"
-        )
+        raise ConfigError(f"unknown strategy.kind {config.kind!r}; choose {known}, or name your own as pkg.mod:Class")
     strategy = (built_in or load_object(config.kind, "strategy.kind"))(config)
     if not isinstance(strategy, Strategy):
-        raise ConfigError(
-            f"strategy.kind = {config.kind!r} lacks init, accumulate or finish (fedlm.strategy.Strategy)"
-        )
+        raise ConfigError(f"strategy.kind = {config.kind!r} lacks init, accumulate or finish (fedlm.strategy.Strategy)")
     return strategy
 
 

@@ -1,8 +1,8 @@
 """Hands work to nodes and collects replies, over any Flower `Grid`.
 
-Nodes take the next piece when they return one, so uneven devices balance themselves. A piece whose node was lost is given
-to another node; since a reply is an exact sum, neither order nor retries can change the result, and a piece is counted
-once however often it was tried.
+Nodes take the next piece when they return one, so uneven devices balance themselves. A piece whose node was lost is
+given to another node; since a reply is an exact sum, neither order nor retries can change the result, and a piece is
+counted once however often it was tried.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlm.errors import WorkerError
-from fedlm.flower_records import to_records
-
-Records = dict[str, ArrayRecord | ConfigRecord]
+from fedlm.flower_records import Records, to_records
 
 IN_FLIGHT_PER_NODE = 2  # one running, one waiting, so that no node idles while its reply travels
 MAX_ATTEMPTS = 4
@@ -62,9 +60,7 @@ class Dispatcher:
         deadline = time.monotonic() + self._timeout_s
         while not (nodes := sorted(self._grid.get_node_ids())):
             if time.monotonic() > deadline:
-                raise WorkerError(
-                    f"no node joined within {self._timeout_s:.0f} s; start clients, then run again"
-                )
+                raise WorkerError(f"no node joined within {self._timeout_s:.0f} s; start clients, then run again")
             time.sleep(0.2)
         return nodes
 
@@ -137,9 +133,7 @@ class Dispatcher:
         piece.avoid.add(entry.node)
         self._on_lost(entry.node, reason)
         if piece.attempts >= MAX_ATTEMPTS:
-            raise WorkerError(
-                f"a piece of work failed {piece.attempts} times, last on node {entry.node}: {reason}"
-            )
+            raise WorkerError(f"a piece of work failed {piece.attempts} times, last on node {entry.node}: {reason}")
         waiting.appendleft(piece)
 
     def _push(self, node: int, message_type: str, request: Any, group_id: str, broadcast: Records) -> str:

@@ -65,7 +65,7 @@ class RunFolder:
             free = shutil.disk_usage(path).free
             if free < bytes_needed:
                 raise OutputError(
-                    f"{path} has {free / 1e6:.0f} MB free, but this run's checkpoints need {bytes_needed / 1e6:.0f} MB; "
+                    f"{path} has {free / 1e6:.0f} MB free, but checkpoints need {bytes_needed / 1e6:.0f} MB; "
                     "free some space or choose another --out"
                 )
             folder._checkpoints.mkdir()
@@ -185,9 +185,7 @@ def check_writable(path: Path) -> None:
     """
     with _explained(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(
-                f"{path} exists and is not an empty folder; choose another --out or `fedlm resume` it"
-            )
+            raise OutputError(f"{path} exists and is not an empty folder; choose another --out or `fedlm resume` it")
         above = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")

@@ -55,9 +55,7 @@ def _run(part: Callable[[], Iterable[Check]]) -> list[Check]:
         return list(part())
     except ModuleNotFoundError as error:
         name = part.__name__.strip("_")
-        return [
-            Check(name, False, f"not looked at: {error.name} is not installed", f"pip install {error.name}")
-        ]
+        return [Check(name, False, f"not looked at: {error.name} is not installed", f"pip install {error.name}")]
 
 
 def _versions() -> Iterator[Check]:
@@ -83,9 +81,7 @@ def _processor() -> Iterator[Check]:
     capability = torch.backends.cpu.get_cpu_capability()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = f"{cores} cores, {capability}{', bf16' if _has_bf16() else ''}"
-    yield Check(
-        "processor", capability not in ("DEFAULT", "NO AVX"), found, "training will be slow: no vector unit"
-    )
+    yield Check("processor", capability not in ("DEFAULT", "NO AVX"), found, "training will be slow: no vector unit")
 
 
 def _has_bf16() -> bool:
@@ -142,9 +138,7 @@ def _writable(name: str, folder: Path) -> Check:
         with tempfile.TemporaryFile(dir=_existing(folder)):
             return Check(name, True, f"{folder} is writable")
     except OSError as error:
-        return Check(
-            name, False, f"{folder}: {error.strerror}", "give write permission, or choose another folder"
-        )
+        return Check(name, False, f"{folder}: {error.strerror}", "give write permission, or choose another folder")
 
 
 def _existing(folder: Path) -> Path:
@@ -155,9 +149,7 @@ def _existing(folder: Path) -> Path:
 def _environment() -> Iterator[Check]:
     for name, quiet in QUIET_ENVIRONMENT.items():
         value = os.environ.get(name, "")
-        yield Check(
-            name, value == quiet, value or "not set", f"unset it: {quiet} keeps runs offline and quiet"
-        )
+        yield Check(name, value == quiet, value or "not set", f"unset it: {quiet} keeps runs offline and quiet")
 
 
 def _ray() -> Iterator[Check]:

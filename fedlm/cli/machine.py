@@ -34,9 +34,7 @@ def strategies(json: Json = False) -> None:
 
 
 def doctor(
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Also start and stop a Ray worker (about 10 s).")
-    ] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Also start and stop a Ray worker (about 10 s).")] = False,
     json: Json = False,
 ) -> None:
     """Check this machine.

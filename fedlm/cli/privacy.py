@@ -49,9 +49,7 @@ def epsilon(
     probability = _sampling_probability(population, cohort)
     from fedlm.privacy.accounting import epsilon
 
-    spent = epsilon(
-        sampling_probability=probability, noise_multiplier=noise_multiplier, rounds=rounds, delta=delta
-    )
+    spent = epsilon(sampling_probability=probability, noise_multiplier=noise_multiplier, rounds=rounds, delta=delta)
     _print(json, "epsilon", spent, _statement(spent, delta, noise_multiplier, population, cohort, rounds))
 
 
@@ -74,15 +72,11 @@ def calibrate(
 
 def _sampling_probability(population: int, cohort: int) -> float:
     if cohort > population:
-        raise ConfigError(
-            f"--cohort {cohort} is more than --population {population}; expect fewer users a round"
-        )
+        raise ConfigError(f"--cohort {cohort} is more than --population {population}; expect fewer users a round")
     return cohort / population
 
 
-def _statement(
-    epsilon: float, delta: float, noise_multiplier: float, population: int, cohort: int, rounds: int
-) -> str:
+def _statement(epsilon: float, delta: float, noise_multiplier: float, population: int, cohort: int, rounds: int) -> str:
     return (
         f"({epsilon:.4g}, {delta:g})-differentially private for each user (add or remove one): "
         f"Gaussian noise of multiplier {noise_multiplier:.4g} in each of {rounds} rounds, "

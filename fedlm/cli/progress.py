@@ -116,9 +116,7 @@ class Bar:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=None)
-        self._lines = Lines(
-            lambda text: bar.console.print(text, markup=False, highlight=False), every_s=float("inf")
-        )
+        self._lines = Lines(lambda text: bar.console.print(text, markup=False, highlight=False), every_s=float("inf"))
         self._rounds: float | None = None  # known from the first round event on
 
     def __call__(self, event: dict[str, object]) -> None:

@@ -72,9 +72,7 @@ def compare(runs: RunFolders, json: Json = False) -> None:
         print_table(figures[0], figures[1:])
 
 
-def pretrain(
-    config: ConfigFile = None, overrides: Overrides = None, json: Json = False, quiet: Quiet = False
-) -> None:
+def pretrain(config: ConfigFile = None, overrides: Overrides = None, json: Json = False, quiet: Quiet = False) -> None:
     """Train the public base, or find it in the cache.
 
     CONFIG is a TOML file; left out: the embedded default job.
@@ -129,11 +127,7 @@ def _change(before: float | None, after: float | None) -> str:
 def _spent(epsilon: float | None, delta: float | None) -> str:
     from simulations.report.figures import figure
 
-    return (
-        "no finite epsilon"
-        if epsilon is None
-        else f"epsilon {figure(epsilon, 3)} at delta {figure(delta, 2)}"
-    )
+    return "no finite epsilon" if epsilon is None else f"epsilon {figure(epsilon, 3)} at delta {figure(delta, 2)}"
 
 
 def _shown(value: object) -> str:

@@ -71,9 +71,7 @@ class Key:
         """
         typed = self._typed(value)
         if typed is None or not self._in_range(typed):
-            raise ConfigError(
-                f"{self.path} = {show(value)} is not allowed; expected {self.allowed}{self._hint(value)}"
-            )
+            raise ConfigError(f"{self.path} = {show(value)} is not allowed; expected {self.allowed}{self._hint(value)}")
         return typed
 
     def _typed(self, value: object) -> object | None:
@@ -103,11 +101,7 @@ class Key:
         if not isinstance(value, int | float):
             return True
         above_low = self.low is None or value >= self.low
-        return (
-            above_low
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-        )
+        return above_low and (self.high is None or value <= self.high) and (self.above is None or value > self.above)
 
     def _hint(self, value: object) -> str:
         """The fix, where the value shows what was meant."""

@@ -75,9 +75,7 @@ def _read(path: Path) -> str:
     except IsADirectoryError:
         raise ConfigError(f"config file {str(path)!r} is a folder; name a TOML file in it") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"config file {str(path)!r} is not UTF-8 at byte {error.start}; save it as UTF-8"
-        ) from None
+        raise ConfigError(f"config file {str(path)!r} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}") from None

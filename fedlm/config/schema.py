@@ -40,12 +40,8 @@ class DataConfig:
     split_by: str = option("article", "how a plain text file becomes users", choices=("article", "line"))
     max_tokens_per_user: int = option(1600, "longer users are cut here", low=2)
     sequence_length: int = option(32, "tokens in one training sequence", low=2, high=4096)
-    public_fraction: float = option(
-        0.15, "users who publish their text; the base is trained on it", low=0, high=0.9
-    )
-    eval_fraction: float = option(
-        0.1, "users held out, when the corpus has no split of its own", low=0, high=0.9
-    )
+    public_fraction: float = option(0.15, "users who publish their text; the base is trained on it", low=0, high=0.9)
+    eval_fraction: float = option(0.1, "users held out, when the corpus has no split of its own", low=0, high=0.9)
     max_eval_tokens: int = option(20_000, "held-out tokens scored at each evaluation", low=1)
     cache_dir: str = option("", "parsed corpora and bases; empty: the user cache folder of this system")
 
@@ -57,9 +53,7 @@ class SyntheticConfig:
     users: int = option(1000, "number of users", low=2)
     tokens_per_user: int = option(400, "words each user writes", low=2)
     classes: int = option(512, "word classes", low=2)
-    persistence: float = option(
-        0.85, "lambda: weight of the class transition against the Zipf marginal", low=0, high=1
-    )
+    persistence: float = option(0.85, "lambda: weight of the class transition against the Zipf marginal", low=0, high=1)
     temperature: float = option(3.0, "spread of the random class affinities", above=0)
     concentration: float = option(8.0, "kappa: Dirichlet concentration of a user's class mixture", above=0)
     zipf_exponent: float = option(1.07, "exponent of the Zipf-Mandelbrot law", above=0)
@@ -86,18 +80,14 @@ class ModelConfig:
     d_hidden: int = option(0, "hidden width (lstm); 0: d_model", low=0)
     dropout: float = option(0.0, "dropout in local training", low=0, high=0.9)
     tied: bool = option(True, "input and output embedding are one table")
-    base: str = option(
-        "pretrain", "pretrain (trained once on the public users, cached), random, or a base folder"
-    )
+    base: str = option("pretrain", "pretrain (trained once on the public users, cached), random, or a base folder")
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Central training of the public base."""
 
-    corpus: str = option(
-        "public", "public (the volunteers of data.corpus), or a text or users.jsonl[.xz] file"
-    )
+    corpus: str = option("public", "public (the volunteers of data.corpus), or a text or users.jsonl[.xz] file")
     epochs: int = option(4, "passes over the public text", low=1)
     batch_size: int = option(32, "sequences in a batch", low=1)
     learning_rate: float = option(2e-3, "AdamW, with a linear warm-up and a cosine decay", above=0)
@@ -112,9 +102,7 @@ class LoraConfig:
 
     rank: int = option(8, "rank; 0: no adapters", low=0, high=1024)
     alpha: float = option(16.0, "the product is scaled by alpha / rank", above=0)
-    targets: tuple[str, ...] = option(
-        ("attention", "mlp"), "attention, mlp, recurrent, or names of linear modules"
-    )
+    targets: tuple[str, ...] = option(("attention", "mlp"), "attention, mlp, recurrent, or names of linear modules")
     freeze_a: bool = option(False, "FFA-LoRA: only B trains and travels")
 
 
@@ -135,9 +123,7 @@ class TrainableConfig:
 
     lora: LoraConfig = option(factory=LoraConfig)
     bias: bool = option(False, "train every bias, LayerNorm's included (user-level BiTFiT)")
-    dense: tuple[str, ...] = option(
-        (), "glob patterns of further tensors to train whole; '*' trains all of the body"
-    )
+    dense: tuple[str, ...] = option((), "glob patterns of further tensors to train whole; '*' trains all of the body")
     embedding_rows: RowsConfig = option(factory=RowsConfig)
 
 
@@ -182,9 +168,7 @@ class PrivacyConfig:
 
     enabled: bool = option(True, "false: no clipping and no noise, stamped NOT PRIVATE")
     clip_norm: float = option(0.3, "L2 bound on a device's update", above=0)
-    epsilon: float = option(
-        2.0, "target; the noise multiplier is calibrated to it; 0: use noise_multiplier", low=0
-    )
+    epsilon: float = option(2.0, "target; the noise multiplier is calibrated to it; 0: use noise_multiplier", low=0)
     noise_multiplier: float = option(0.0, "noise std in units of clip_norm; 0: calibrate from epsilon", low=0)
     delta: float = option(1e-6, "", above=0, high=0.1)
     mechanism: str = option("gaussian", "", choices=("gaussian",))
@@ -209,9 +193,7 @@ class ExecutionConfig:
     workers: int = option(0, "workers; 0: one for each processor core", low=0, high=4096)
     address: str = option("", "a running Ray cluster; empty: start one on this machine")
     group_size: int = option(16, "devices summed together before the exact integer sum", low=1, high=4096)
-    eval_every: int = option(
-        5, "rounds between evaluations; 0: only before the first and after the last", low=0
-    )
+    eval_every: int = option(5, "rounds between evaluations; 0: only before the first and after the last", low=0)
     checkpoint_every: int = option(10, "rounds between whole checkpoints (each round is journalled)", low=1)
     worker_timeout_s: float = option(600.0, "a worker silent for this long is given up", above=0)
 

@@ -131,8 +131,7 @@ def _trainable(config: Config) -> Iterator[str]:
             yield f"trainable.lora.targets has {target!r}, which the {model} lacks; set it to {own}"
     if _own_size(config) and rows > size:
         yield (
-            f"trainable.embedding_rows.count = {rows} is more than vocabulary.size = {size}; "
-            f"set it to at most {size}"
+            f"trainable.embedding_rows.count = {rows} is more than vocabulary.size = {size}; set it to at most {size}"
         )
 
 

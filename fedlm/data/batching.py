@@ -84,9 +84,7 @@ def local_batches(
             yield windows.select(order[start : start + batch_size])
 
 
-def evaluation_users(
-    store: TokenStore, max_tokens: int, generator: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def evaluation_users(store: TokenStore, max_tokens: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return held-out users, whole, in a random order, until they have `max_tokens` tokens; at least one.
 
     Arguments:

@@ -57,18 +57,14 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
-        raise OutputError(
-            f"cannot write the cache {folder.parent}: {error.strerror}; set data.cache_dir"
-        ) from None
+        raise OutputError(f"cannot write the cache {folder.parent}: {error.strerror}; set data.cache_dir") from None
     try:
         yield temporary
         _rename_unless_there(temporary, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}; free space or set data.cache_dir"
-        ) from None
+        raise OutputError(f"cannot write {folder}: {error.strerror}; free space or set data.cache_dir") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -90,9 +90,7 @@ def _read_plug_in(config: Config) -> Iterator[UserTexts]:
     try:
         function = getattr(import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"corpus plug-in {config.data.corpus!r}: {error}; install it or set PYTHONPATH"
-        ) from error
+        raise DataError(f"corpus plug-in {config.data.corpus!r}: {error}; install it or set PYTHONPATH") from error
     for item in function(config):
         if not isinstance(item, UserTexts):
             found = type(item).__name__

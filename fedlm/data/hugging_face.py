@@ -39,9 +39,7 @@ def read_hugging_face(specification: str) -> Iterator[UserTexts]:
     for column in (options["user"], options["text"]):
         if column not in rows.column_names:
             columns = ", ".join(rows.column_names)
-            raise DataError(
-                f"hf:{name} has no column {column!r} but {columns}; name yours: hf:{name}?user=..&text=.."
-            )
+            raise DataError(f"hf:{name} has no column {column!r} but {columns}; name yours: hf:{name}?user=..&text=..")
     for user, group in groupby(rows.sort(options["user"]), key=lambda row: str(row[options["user"]])):
         yield UserTexts(user, [str(row[options["text"]]) for row in group if row[options["text"]]])
 
@@ -52,7 +50,5 @@ def _parse(specification: str) -> tuple[str, dict[str, str]]:
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
-        raise DataError(
-            f"unknown option {unknown[0]!r} in 'hf:{specification}'; allowed are user, text and split"
-        )
+        raise DataError(f"unknown option {unknown[0]!r} in 'hf:{specification}'; allowed are user, text and split")
     return name, _DEFAULTS | options

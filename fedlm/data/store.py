@@ -73,9 +73,7 @@ class TokenStore:
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} is not a token store ({error}); delete it and run again") from None
         if meta.get("format") != _FORMAT or size_bytes != offsets[-1] * TOKEN_DTYPE.itemsize:
-            raise DataError(
-                f"token store {folder} is of another version or cut short; delete it and run again"
-            )
+            raise DataError(f"token store {folder} is of another version or cut short; delete it and run again")
         return cls(folder, meta, offsets, np.diff(offsets), num_bytes)
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenStore], tuple[Path]]:
@@ -162,9 +160,7 @@ def _user_tokens(config: Config, vocabulary: Vocabulary) -> Iterator[UserTokens]
         yield UserTokens(user.user, assign_split(user.user, user.split, config.data), tokens, num_bytes)
 
 
-def _encode_user(
-    user: UserTexts, vocabulary: Vocabulary, max_tokens: int
-) -> tuple[npt.NDArray[np.int32], int]:
+def _encode_user(user: UserTexts, vocabulary: Vocabulary, max_tokens: int) -> tuple[npt.NDArray[np.int32], int]:
     """Return a user's stream, cut at `max_tokens`, and its bytes; empty if no message has a token."""
     boundary = np.array([vocabulary.boundary_id], dtype=np.int32)
     parts, room, num_bytes = [boundary], max_tokens - 1, 0

@@ -104,9 +104,7 @@ def _check_counts(counts: Mapping[str, int], num_read: int, corpus: str) -> None
         raise DataError(f"corpus {corpus!r} is empty: {num_read} users and no text; check data.corpus")
     found = ", ".join(f"{count} {split}" for split, count in counts.items())
     if not counts["train"]:
-        raise DataError(
-            f"corpus {corpus!r} leaves no training user ({found}); lower data.public_fraction or add users"
-        )
+        raise DataError(f"corpus {corpus!r} leaves no training user ({found}); lower data.public_fraction or add users")
     if not counts["eval"]:
         raise DataError(
             f"corpus {corpus!r} leaves no held-out user ({found}); raise data.eval_fraction, add users, "

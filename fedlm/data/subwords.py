@@ -62,11 +62,7 @@ def subword_frequencies(codec: SubwordCodec, size: int) -> npt.NDArray[np.float6
     masses = np.zeros(size)  # (V,)
     for word, mass in islice(public_word_frequencies().items(), _NUM_WORDS):
         is_word = word[0].isalpha()
-        variants = (
-            [(f" {word}", 1 - _CAPITALISED), (f" {word.capitalize()}", _CAPITALISED)]
-            if is_word
-            else [(word, 1)]
-        )
+        variants = [(f" {word}", 1 - _CAPITALISED), (f" {word.capitalize()}", _CAPITALISED)] if is_word else [(word, 1)]
         for text, share in variants:
             np.add.at(masses, codec.encode(text), mass * share)
     frequencies: npt.NDArray[np.float64] = (1 - _FLOOR) * masses / masses.sum() + _FLOOR / size  # (V,)

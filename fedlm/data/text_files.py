@@ -89,13 +89,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, start=1):
                 yield number, line
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, near line {number + 1}: not UTF-8 ({error.reason}); convert the file"
-        ) from None
+        raise DataError(f"{path}, near line {number + 1}: not UTF-8 ({error.reason}); convert the file") from None
     except (lzma.LZMAError, EOFError) as error:
-        raise DataError(
-            f"{path}, after line {number}: damaged xz data ({error}); fetch the file again"
-        ) from None
+        raise DataError(f"{path}, after line {number}: damaged xz data ({error}); fetch the file again") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; check data.corpus") from None
 

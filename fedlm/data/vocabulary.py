@@ -127,9 +127,7 @@ def load_vocabulary(config: Config) -> Vocabulary:
     return _vocabulary_from_file(source, size)
 
 
-def vocabulary_from_words(
-    words: Sequence[str], frequencies: npt.NDArray[np.float64], name: str
-) -> Vocabulary:
+def vocabulary_from_words(words: Sequence[str], frequencies: npt.NDArray[np.float64], name: str) -> Vocabulary:
     """Return a vocabulary of `SPECIALS` and then `words`, with their public frequencies (V,)."""
     all_words = (*SPECIALS, *words)
     assert len(all_words) == len(frequencies)
@@ -160,14 +158,10 @@ def vocabulary_from_tokenizer(
 
     own_size = _num_entries(tokenizer)
     if size < own_size:
-        raise DataError(
-            f"vocabulary size {size} cannot hold the tokenizer's {own_size} entries; use {own_size}"
-        )
+        raise DataError(f"vocabulary size {size} cannot hold the tokenizer's {own_size} entries; use {own_size}")
     boundary = _first_id(tokenizer, _BOUNDARIES) if boundary_id is None else boundary_id
     if boundary is None:
-        raise DataError(
-            f"the tokenizer has no token to separate messages; add one of {', '.join(_BOUNDARIES)}"
-        )
+        raise DataError(f"the tokenizer has no token to separate messages; add one of {', '.join(_BOUNDARIES)}")
     pad = _first_id(tokenizer, _PADS) if pad_id is None else pad_id
     unknown = _first_id(tokenizer, _UNKNOWNS) if unknown_id is None else unknown_id
     codec = SubwordCodec(tokenizer)
@@ -200,9 +194,7 @@ def _vocabulary_from_file(source: str, size: int) -> Vocabulary:
     """Read a tokenizer.json file."""
     path = Path(source).expanduser()
     if not path.is_file():
-        raise DataError(
-            f"no vocabulary {source!r}: vocabulary.source is wordfreq, model, or a tokenizer.json file"
-        )
+        raise DataError(f"no vocabulary {source!r}: vocabulary.source is wordfreq, model, or a tokenizer.json file")
     from tokenizers import Tokenizer
 
     try:
@@ -211,9 +203,7 @@ def _vocabulary_from_file(source: str, size: int) -> Vocabulary:
         raise DataError(f"{path} is not a tokenizer.json file: {error}") from None
     own_size = _num_entries(tokenizer)
     if size != own_size:
-        raise DataError(
-            f"vocabulary.size = {size:,}, but {path} has {own_size:,} entries; set the size to {own_size}"
-        )
+        raise DataError(f"vocabulary.size = {size:,}, but {path} has {own_size:,} entries; set the size to {own_size}")
     return vocabulary_from_tokenizer(tokenizer, size)
 
 

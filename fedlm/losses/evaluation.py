@@ -65,9 +65,7 @@ class Score:
 
 
 @torch.no_grad()
-def score(
-    hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *, num_bytes: int, chunk: int
-) -> Score:
+def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *, num_bytes: int, chunk: int) -> Score:
     """Score tokens exactly.
 
     Arguments:

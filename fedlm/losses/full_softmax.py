@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 
-def full_softmax_loss(
-    hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int
-) -> Tensor:
+def full_softmax_loss(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
     """Return the mean cross-entropy over tokens.
 
     Arguments:
@@ -43,9 +41,7 @@ def target_scores(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor |
     return scores if bias is None else scores + bias[targets]
 
 
-def _chunks(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, chunk: int
-) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+def _chunks(hidden: Tensor, table: Tensor, bias: Tensor | None, chunk: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     for start in range(0, len(table), chunk):
         stop = min(start + chunk, len(table))
         scores = hidden @ table[start:stop].T  # (N, W)
@@ -58,9 +54,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of log Z - u_y over tokens."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, chunk: int) -> Tensor:
         log_z = log_normaliser(hidden, table, bias, chunk)
         ctx.save_for_backward(hidden, targets, table, bias, log_z)
         ctx.chunk = chunk

@@ -33,9 +33,7 @@ class NoiseDistribution:
         self._cumulative[-1] = 1.0
         self.num_negatives = config.negatives
         with np.errstate(divide="ignore"):
-            self.log_expected = np.log(config.negatives * q).astype(
-                np.float32
-            )  # (V,) log of the expected count, K q
+            self.log_expected = np.log(config.negatives * q).astype(np.float32)  # (V,) log of the expected count, K q
         """Log of each word's expected count among the K negatives; -inf where q is zero."""
 
     def draw(self, rng: np.random.Generator) -> RowIds:

@@ -87,9 +87,7 @@ class LanguageModel(nn.Module, ABC):
             self.register_buffer(name, table, persistent=False)
 
     @staticmethod
-    def empty_tables(
-        vocabulary_size: int, d_model: int, *, tied: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def empty_tables(vocabulary_size: int, d_model: int, *, tied: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return uninitialised tables (V, D), (V, D) or None, and (V,): reserved, untouched memory."""
         shape = (vocabulary_size, d_model)
         return torch.empty(shape), None if tied else torch.empty(shape), torch.empty(vocabulary_size)

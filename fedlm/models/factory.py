@@ -70,9 +70,7 @@ def empty_model(config: Config, vocabulary_size: int) -> TransformerModel | Lstm
             tied=model.tied,
         )
     if model.name != "transformer":
-        raise ConfigError(
-            f"model.name = '{model.name}' is not one of {', '.join(OWN_MODELS)}; use load_pretrained"
-        )
+        raise ConfigError(f"model.name = '{model.name}' is not one of {', '.join(OWN_MODELS)}; use load_pretrained")
     if model.d_model % model.num_heads:
         raise ConfigError(
             f"model.d_model = {model.d_model} is not a multiple of model.num_heads = {model.num_heads}; "
@@ -98,9 +96,7 @@ def log_frequencies(frequencies: FloatArray) -> FloatArray:
     """
     values = np.asarray(frequencies, dtype=np.float64)  # (V,)
     if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
-        raise DataError(
-            "frequencies must be one vector of finite numbers >= 0, not all 0; check the vocabulary"
-        )
+        raise DataError("frequencies must be one vector of finite numbers >= 0, not all 0; check the vocabulary")
     floored = np.maximum(values / values.sum(), _SMALLEST_FREQUENCY)
     logs: FloatArray = np.log(floored / floored.sum()).astype(np.float32)
     return logs

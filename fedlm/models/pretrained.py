@@ -50,9 +50,7 @@ class PretrainedModel(LanguageModel):
     def __init__(self, source: Any) -> None:
         rows, output = source.get_input_embeddings(), source.get_output_embeddings()
         if not isinstance(rows, nn.Embedding) or not isinstance(output, nn.Linear):
-            raise DataError(
-                f"{type(source).__name__} has no plain input and output embedding; use another model"
-            )
+            raise DataError(f"{type(source).__name__} has no plain input and output embedding; use another model")
         tied = output.weight is rows.weight
         super().__init__(rows.weight, None if tied else output.weight, output.bias)
         self.architecture: dict[str, Any] = source.config.to_dict()
@@ -147,9 +145,7 @@ def _load_model(folder: Path, options: Mapping[str, str]) -> Any:
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
     )
     if absent := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
-        raise DataError(
-            f"'{folder}' lacks the weight {absent[0]} ({len(absent)} in all); get the whole model"
-        )
+        raise DataError(f"'{folder}' lacks the weight {absent[0]} ({len(absent)} in all); get the whole model")
     return model
 
 
@@ -211,9 +207,7 @@ def _as_data_error(source: str | Path) -> Iterator[None]:
             f"'{source}' needs a package that is not installed ({_line(error)}); try fedlm[gguf]"
         ) from error
     except Exception as error:
-        raise DataError(
-            f"'{source}' cannot be loaded ({_line(error)}); check that the files are whole"
-        ) from error
+        raise DataError(f"'{source}' cannot be loaded ({_line(error)}); check that the files are whole") from error
 
 
 def _line(error: Exception) -> str:

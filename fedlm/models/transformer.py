@@ -92,9 +92,7 @@ class TransformerModel(LanguageModel):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 into_residual = name.endswith((".output", ".down"))
-                nn.init.normal_(
-                    module.weight, std=branch_std if into_residual else _WEIGHT_STD, generator=generator
-                )
+                nn.init.normal_(module.weight, std=branch_std if into_residual else _WEIGHT_STD, generator=generator)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -103,9 +101,7 @@ class TransformerModel(LanguageModel):
 class Block(nn.Module):
     """One pre-LayerNorm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self, d_model: int, num_heads: int, d_ff: int, dropout: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = Attention(d_model, num_heads)

@@ -172,9 +172,7 @@ def _bracket(spent: Callable[[float], float], target: float) -> tuple[float, flo
     while spent(high) > target:
         low, high = high, high * 2
         if high > _LARGEST_Z:
-            raise ConfigError(
-                f"epsilon = {target} needs a noise multiplier over {_LARGEST_Z:,.0f}; raise epsilon"
-            )
+            raise ConfigError(f"epsilon = {target} needs a noise multiplier over {_LARGEST_Z:,.0f}; raise epsilon")
     while spent(low) <= target:
         low, high = low / 2, low
         if low < _SMALLEST_Z:

@@ -148,9 +148,7 @@ class ClippedSum:
         """
         total = self._live()
         if type(update) is not np.ndarray or update.dtype != np.float32 or update.shape != (self._size,):
-            found = (
-                f"{getattr(update, 'dtype', type(update).__name__)} {getattr(update, 'shape', '')}".strip()
-            )
+            found = f"{getattr(update, 'dtype', type(update).__name__)} {getattr(update, 'shape', '')}".strip()
             raise DataError(f"update is {found}, must be a plain float32 array of shape ({self._size},)")
         self._reserve(1)
         squares = self._squares(update)
@@ -192,9 +190,7 @@ class ClippedSum:
         return view, {"clip_norm": self.clip_norm, "num_devices": self._num_devices}
 
     @classmethod
-    def from_arrays(
-        cls, vector: IntVector, fields: dict[str, int | float], *, clipper: Clipper
-    ) -> ClippedSum:
+    def from_arrays(cls, vector: IntVector, fields: dict[str, int | float], *, clipper: Clipper) -> ClippedSum:
         """Rebuild a sum that came over the wire; the aggregating side calls this, through its own plan.
 
         The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C.
@@ -209,16 +205,12 @@ class ClippedSum:
             DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum.
         """
         if type(vector) is not np.ndarray or vector.dtype != np.int64 or vector.ndim != 1 or not vector.size:
-            raise DataError(
-                "a clipped sum must be a non-empty int64 vector; send what ClippedSum.to_arrays returns"
-            )
+            raise DataError("a clipped sum must be a non-empty int64 vector; send what ClippedSum.to_arrays returns")
         num_devices = fields.get("num_devices")
         if set(fields) != {"clip_norm", "num_devices"} or type(num_devices) is not int:
             raise DataError(f"a clipped sum has fields {sorted(fields)}, must have clip_norm and num_devices")
         if fields["clip_norm"] != clipper.clip_norm:
-            raise DataError(
-                f"sum was clipped to {fields['clip_norm']}, this plan clips to {clipper.clip_norm}"
-            )
+            raise DataError(f"sum was clipped to {fields['clip_norm']}, this plan clips to {clipper.clip_norm}")
         if not 0 <= num_devices <= clipper.capacity:
             raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {clipper.capacity:,}")
         result = clipper.new_sum(vector.size)
@@ -229,9 +221,7 @@ class ClippedSum:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: a copy could be counted twice, unchecked."""
-        raise TypeError(
-            "ClippedSum is neither pickled nor copied; send to_arrays() and use sum_from_arrays()"
-        )
+        raise TypeError("ClippedSum is neither pickled nor copied; send to_arrays() and use sum_from_arrays()")
 
     def _take(self) -> IntVector:
         """Return the vector (P,) and empty the sum; `PrivacyPlan.release` alone calls this."""
@@ -241,9 +231,7 @@ class ClippedSum:
 
     def _live(self) -> IntVector:
         if self._vector is None:
-            raise BudgetExceededError(
-                "this ClippedSum was already released or added to another; start a new sum"
-            )
+            raise BudgetExceededError("this ClippedSum was already released or added to another; start a new sum")
         return self._vector
 
     def _reserve(self, num_more: int) -> None:
@@ -261,9 +249,7 @@ class ClippedSum:
                 chunk = vector[start : start + _CHUNK]
                 wide = self._wide[: chunk.size]
                 np.copyto(wide, chunk)
-                squares.append(
-                    float(np.dot(wide[:_DOT], wide[:_DOT])) + float(np.dot(wide[_DOT:], wide[_DOT:]))
-                )
+                squares.append(float(np.dot(wide[:_DOT], wide[:_DOT])) + float(np.dot(wide[_DOT:], wide[_DOT:])))
         return squares
 
     def _fits(self, update: FloatVector, norm: float) -> bool:

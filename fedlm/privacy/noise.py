@@ -82,6 +82,4 @@ class NoiseStream:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: noise that can be repeated can be subtracted."""
-        raise TypeError(
-            "privacy noise is neither pickled, copied nor checkpointed; a restart draws fresh noise"
-        )
+        raise TypeError("privacy noise is neither pickled, copied nor checkpointed; a restart draws fresh noise")

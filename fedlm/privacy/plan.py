@@ -51,9 +51,7 @@ class _Released:
                     f"round {round_number} was already released, its data may leave once; keep the vector"
                 )
             if len(self._rounds) >= most:
-                raise BudgetExceededError(
-                    f"all {most:,} planned rounds were released; plan more rounds at the start"
-                )
+                raise BudgetExceededError(f"all {most:,} planned rounds were released; plan more rounds at the start")
             self._rounds.add(round_number)
 
 
@@ -98,14 +96,10 @@ class PrivacyPlan(PrivacyTerms):
             )
         if self.enabled:
             most_z = MAX_STD / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
-            require_number(
-                "noise multiplier", self.noise_multiplier, above=0, high=most_z, fix="raise epsilon"
-            )
+            require_number("noise multiplier", self.noise_multiplier, above=0, high=most_z, fix="raise epsilon")
 
     @classmethod
-    def create(
-        cls, config: PrivacyConfig, *, rounds: int, fleet_size: int, cohort: int, seed: int
-    ) -> PrivacyPlan:
+    def create(cls, config: PrivacyConfig, *, rounds: int, fleet_size: int, cohort: int, seed: int) -> PrivacyPlan:
         """Return the plan of an experiment; the noise multiplier is calibrated to epsilon unless it is given.
 
         Arguments:
@@ -190,9 +184,7 @@ class PrivacyPlan(PrivacyTerms):
         """
         if type(total) is not ClippedSum or total.clip_norm != self.clip_norm:
             found = getattr(total, "clip_norm", type(total).__name__)
-            raise DataError(
-                f"cannot release {found}; give a sum made by this plan (clip norm {self.clip_norm})"
-            )
+            raise DataError(f"cannot release {found}; give a sum made by this plan (clip norm {self.clip_norm})")
         sampled = self.sample_cohort(round_number).size
         if total.num_devices > sampled:
             raise DataError(
@@ -230,9 +222,7 @@ class PrivacyPlan(PrivacyTerms):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: a copy would release rounds again, and the plan holds the seed."""
-        raise TypeError(
-            "PrivacyPlan is neither pickled nor copied; send plan.clipper to nodes, store plan.to_json()"
-        )
+        raise TypeError("PrivacyPlan is neither pickled nor copied; send plan.clipper to nodes, store plan.to_json()")
 
     def _noise(self, round_number: int) -> NoiseStream:
         if self.reproducible_noise:

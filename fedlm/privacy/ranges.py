@@ -45,12 +45,7 @@ def require_number(
 
 def require_count(name: str, value: int, *, low: int = 0, high: int | None = None, fix: str = "") -> int:
     """Return `value` if it is a whole number (not a bool) from `low` to `high`, else raise `ConfigError`."""
-    if (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and low <= value
-        and (high is None or value <= high)
-    ):
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
         return value
     allowed = f"a whole number >= {low:,}" + ("" if high is None else f" and <= {high:,}")
     raise ConfigError(f"{name} = {value!r} must be {allowed}" + (f"; {fix}" if fix else ""))

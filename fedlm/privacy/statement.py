@@ -18,9 +18,7 @@ def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
         return ("NOT PRIVATE: privacy.enabled is false, updates are neither clipped nor noised",)
     found = []
     if terms.reproducible_noise:
-        found.append(
-            "NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise"
-        )
+        found.append("NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise")
     if terms.mimics:
         accounted, real = terms.epsilon(terms.rounds), terms.epsilon_of_this_fleet(terms.rounds)
         found.append(
@@ -43,9 +41,7 @@ def statement(terms: PrivacyTerms) -> str:
         f"Gaussian mechanism with noise multiplier z = {terms.noise_multiplier:.4g}, "
         f"clip norm C = {terms.clip_norm:g}, PLD accounting."
     )
-    secret = (
-        "It holds against those who see only the releases; the seed decides the cohorts and must stay secret."
-    )
+    secret = "It holds against those who see only the releases; the seed decides the cohorts and must stay secret."
     return " ".join([guarantee, secret, *(f"{stamp}." for stamp in stamps(terms))])
 
 

@@ -114,9 +114,7 @@ def _dense_names(body: Mapping[str, nn.Parameter], patterns: tuple[str, ...]) ->
     for pattern in patterns:
         found = fnmatch.filter(body, pattern)
         if not found:
-            raise ConfigError(
-                f"trainable.dense pattern {pattern!r} matches no tensor; there are {', '.join(body)}"
-            )
+            raise ConfigError(f"trainable.dense pattern {pattern!r} matches no tensor; there are {', '.join(body)}")
         names += found
     return names
 
@@ -132,7 +130,9 @@ def _inject_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
     import peft
 
     adapter = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=model.named_linear_targets(config.targets)
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # declared int, but only ever divided by the rank
+        target_modules=model.named_linear_targets(config.targets),
     )
     peft.inject_adapter_in_model(adapter, model)
     key = seed_key(seed)

@@ -66,9 +66,7 @@ def inclusion_probabilities(frequencies: Frequencies, alpha: float, count: int) 
 def _systematic(pi: Frequencies, rng: np.random.Generator) -> RowIds:
     """Draw a set with inclusion probabilities pi, of size sum(pi) when that is whole, in a random order of rows."""
     order = rng.permutation(len(pi))
-    edges = np.floor(
-        np.cumsum(pi[order]) - 1e-9 + rng.random()
-    )  # the 1e-9 keeps a whole sum from rounding up
+    edges = np.floor(np.cumsum(pi[order]) - 1e-9 + rng.random())  # the 1e-9 keeps a whole sum from rounding up
     return order[np.flatnonzero(np.diff(edges, prepend=0.0) > 0)].astype(np.int64)
 
 

@@ -85,10 +85,7 @@ class UpdateSpec:
     def with_rows(self, row_ids: RowIds) -> UpdateSpec:
         """Return the spec of one round, whose `rows` blocks hold only `row_ids` (sorted, unique)."""
         assert self.full is None, "rows are selected from the full spec"
-        parts = [
-            (b.name, b.kind, (len(row_ids), *b.shape[1:]) if b.kind == "rows" else b.shape)
-            for b in self.blocks
-        ]
+        parts = [(b.name, b.kind, (len(row_ids), *b.shape[1:]) if b.kind == "rows" else b.shape) for b in self.blocks]
         return replace(UpdateSpec.build(parts), row_ids=row_ids, full=self)
 
     @cached_property

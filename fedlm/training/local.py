@@ -73,9 +73,7 @@ class LocalTrainer:
             rows = np.arange(self._trainable.model.vocabulary_size if spec.row_blocks else 0)
         self._noise = NoiseDistribution(self._frequencies, self._config.loss, rows)
         self._log_expected = torch.from_numpy(self._noise.log_expected)  # (V,)
-        self._slot = np.full(
-            self._trainable.model.vocabulary_size, -1, np.int64
-        )  # (V,) place in the row set or -1
+        self._slot = np.full(self._trainable.model.vocabulary_size, -1, np.int64)  # (V,) place in the row set or -1
         self._slot[rows] = np.arange(len(rows))
 
     def train(self, tokens: npt.NDArray[np.int32], *, key: bytes, device: int) -> LocalResult:
@@ -156,9 +154,7 @@ class LocalTrainer:
                     tensor[: tables.num_moving].sub_(gradient[: tables.num_moving], alpha=rate)
         return float(loss.detach()), len(targets)
 
-    def _loss(
-        self, hidden: Tensor, targets: Tensor, tables: _CompactTables, negatives: RowIds | None
-    ) -> Tensor:
+    def _loss(self, hidden: Tensor, targets: Tensor, tables: _CompactTables, negatives: RowIds | None) -> Tensor:
         config = self._config.loss
         if negatives is None:
             return full_softmax_loss(hidden, targets, tables.output, tables.bias, config.chunk)

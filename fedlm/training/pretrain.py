@@ -2,7 +2,8 @@
 
 LoRA adapts a model that already speaks; this is the short warm-up that gives it one. Everything trains: the body with
 AdamW, the tables with sparse Adam on the rows that a step touches, under the sampled softmax, so that no V x D gradient
-exists; a penalty keeps the scores normalised, for the devices' NCE builds on that. There is no privacy here and none is needed: the text is public.
+exists; a penalty keeps the scores normalised, for the devices' NCE builds on that. There is no privacy here and none is
+needed: the text is public.
 """
 
 from __future__ import annotations
@@ -79,12 +80,8 @@ def _public_sequences(config: Config, vocabulary: Vocabulary) -> Batch:
     parts = [sequences(store.tokens(int(user)), length) for user in users]
     parts = [p for p in parts if p.inputs.shape[1] == length]
     if not parts:
-        raise DataError(
-            f"no public user has {length} tokens (data.sequence_length); lower it or give more text"
-        )
-    return Batch(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("inputs", "targets", "mask"))
-    )
+        raise DataError(f"no public user has {length} tokens (data.sequence_length); lower it or give more text")
+    return Batch(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("inputs", "targets", "mask")))
 
 
 def _store_and_public_users(config: Config, vocabulary: Vocabulary) -> tuple[TokenStore, np.ndarray]:
@@ -148,17 +145,13 @@ class _CentralTrainer:
 
     def _loss(self, batch: Batch, negatives: np.ndarray) -> Tensor:
         model, index = self._model, self._local_index
-        ids = torch.from_numpy(
-            np.unique(np.concatenate([batch.inputs.ravel(), batch.targets.ravel(), negatives]))
-        )
+        ids = torch.from_numpy(np.unique(np.concatenate([batch.inputs.ravel(), batch.targets.ravel(), negatives])))
         index[ids] = torch.arange(len(ids))
         table_in = embedding(ids, self._tables[0], sparse=True)  # (L, D)
         table_out = table_in if model.tied else embedding(ids, self._tables[1], sparse=True)  # (L, D)
         bias = None if model.output_bias is None else embedding(ids, self._bias, sparse=True)[:, 0]  # (L,)
         mask = torch.from_numpy(batch.mask)  # (B, T)
-        hidden = model.body(model.embed(table_in[index[torch.from_numpy(batch.inputs)]]), mask)[
-            mask
-        ]  # (N, D)
+        hidden = model.body(model.embed(table_in[index[torch.from_numpy(batch.inputs)]]), mask)[mask]  # (N, D)
         targets = index[torch.from_numpy(batch.targets)[mask]]  # (N,)
         local_negatives = index[torch.from_numpy(negatives)]  # (K,)
         return sampled_softmax_loss(

@@ -29,6 +29,4 @@ class FedAdam(SumStrategy):
         v += np.float32(1 - c.beta2) * mean * mean
         root = np.sqrt(v / np.float32(1 - c.beta2**state.num_steps))
         direction = m / np.float32(1 - c.beta1**state.num_steps) / (root + np.float32(c.epsilon))
-        return values + np.float32(c.learning_rate) * direction, {
-            "step_norm": float(np.linalg.norm(direction))
-        }
+        return values + np.float32(c.learning_rate) * direction, {"step_norm": float(np.linalg.norm(direction))}

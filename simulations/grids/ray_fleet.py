@@ -127,9 +127,7 @@ class RayFleet:
         """Record that a worker was lost with the messages it held, and start another one unless it is given up."""
         _log.debug("worker of node %d lost: %s", node_id, cause)
         node = self.nodes[node_id]
-        self._events.append(
-            {"event": "worker_lost", "node_id": node_id, "cause": cause, "messages": num_messages}
-        )
+        self._events.append({"event": "worker_lost", "node_id": node_id, "cause": cause, "messages": num_messages})
         self._end(node)
         node.losses += 1
         if node.given_up:

@@ -102,9 +102,7 @@ class RayGrid(LocalGrid):
             arrays.clear()  # from here on the object store alone holds them for us
 
         self._timeout_s = timeout_s
-        self._session = RaySession(
-            address=address, store_bytes=self.store_capacity_bytes, on_connect=start_fleet
-        )
+        self._session = RaySession(address=address, store_bytes=self.store_capacity_bytes, on_connect=start_fleet)
 
     def get_node_ids(self) -> list[int]:
         """Return the ids of the nodes that have not been given up; waits until their number is known."""

@@ -53,9 +53,7 @@ class Worker:
         if plan.setup is not None:
             plan.setup(shared)
         if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(
-                1
-            )  # one worker for each core: more threads only get in the way
+            sys.modules["torch"].set_num_threads(1)  # one worker for each core: more threads only get in the way
         return os.getpid()
 
     def handle(self, parcel: wire.Parcel, *detached: ArrayRecord) -> Outcome:
@@ -71,9 +69,7 @@ def load_client_app(reference: str) -> ClientApp:
     """
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name):
-        raise ConfigError(
-            f"client app {reference!r}: expected 'package.module:name', such as 'clients.app:app'"
-        )
+        raise ConfigError(f"client app {reference!r}: expected 'package.module:name', such as 'clients.app:app'")
     try:
         app = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:

@@ -79,7 +79,5 @@ def detach(message: Message) -> tuple[Parcel, list[ArrayRecord]]:
 
 def attach(parcel: Parcel, detached: Sequence[ArrayRecord]) -> Message:
     """Return the message that `detach` took apart."""
-    records = {
-        key: detached[record] if isinstance(record, int) else record for key, record in parcel.content.items()
-    }
+    records = {key: detached[record] if isinstance(record, int) else record for key, record in parcel.content.items()}
     return rebuild_message(parcel.metadata, RecordDict(records))

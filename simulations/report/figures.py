@@ -54,9 +54,7 @@ def column(values: Iterable[float | None], digits: int = 4) -> list[str]:
         return [figure(value, digits) for value in known]
     whole = all(value == int(value) for value in finite)
     decimals = 0 if whole else max(digits - 1 - math.floor(math.log10(largest)), 0)
-    return [
-        ABSENT if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}" for value in known
-    ]
+    return [ABSENT if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}" for value in known]
 
 
 def count(number: int, noun: str) -> str:
@@ -76,9 +74,7 @@ def moment(value: object) -> str:
     """
     try:
         time = (
-            datetime.fromtimestamp(value, UTC)
-            if isinstance(value, int | float)
-            else datetime.fromisoformat(str(value))
+            datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else datetime.fromisoformat(str(value))
         )
     except (ValueError, OverflowError, OSError):
         return str(value)

@@ -110,8 +110,7 @@ def thin(points: Sequence[Point], limit: int) -> list[Point]:
 def _axes(across: Scale, up: Scale, x: Axis, y: Axis) -> Markup:
     bottom = up.start
     rows = [
-        element("line", x1=across.start, x2=across.stop, y1=up(tick), y2=up(tick), class_="grid")
-        for tick in up.ticks
+        element("line", x1=across.start, x2=across.stop, y1=up(tick), y2=up(tick), class_="grid") for tick in up.ticks
     ]
     row_labels = [
         text("text", label, x=across.start - 8, y=up(tick) + 4, text_anchor="end")
@@ -203,9 +202,7 @@ def _probe(drawn: Sequence[Series], place: float, edges: Sequence[float], across
     return element(
         "g",
         text("title", "\n".join([f"at {figure(place)}", *lines])),
-        element(
-            "rect", x=edges[0], y=up.stop, width=max(edges[1] - edges[0], 0.5), height=up.start - up.stop
-        ),
+        element("rect", x=edges[0], y=up.stop, width=max(edges[1] - edges[0], 0.5), height=up.start - up.stop),
         element("line", x1=x, x2=x, y1=up.stop, y2=up.start),
         *(element("circle", cx=x, cy=up(value), r=4.5, class_=f"tone-{one.tone}") for one, value in found),
     )

@@ -37,9 +37,7 @@ def element(name: str, /, *children: Markup, **attributes: str | float | None) -
     >>> element("p", escape("1 < 2"), class_="note")
     '<p class="note">1 &lt; 2</p>'
     """
-    opening = "".join(
-        [name, *(_attribute(key, value) for key, value in attributes.items() if value is not None)]
-    )
+    opening = "".join([name, *(_attribute(key, value) for key, value in attributes.items() if value is not None)])
     if name in _VOID and not children:
         return Markup(f"<{opening}/>")
     return Markup(f"<{opening}>{join(children)}</{name}>")

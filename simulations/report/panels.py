@@ -40,9 +40,7 @@ def learning_panels(record: RunRecord) -> list[Markup]:
         points = _points(record.metrics, key)
         by_traffic = tuple((traffic[int(place)], value) for place, value in points)
         panels += [
-            _learning(
-                f"{name} by round", points, _ROUNDS, height, "Held-out users, exact softmax; lower is better."
-            ),
+            _learning(f"{name} by round", points, _ROUNDS, height, "Held-out users, exact softmax; lower is better."),
             _learning(
                 f"{name} by traffic",
                 by_traffic,
@@ -59,9 +57,7 @@ def epsilon_panel(record: RunRecord) -> Markup:
     points = _points(record.metrics, "epsilon")
     delta = figure(number(record.privacy, "delta"))
     if number(record.metrics[-1], "epsilon") is None:
-        return _absent(
-            "Epsilon by round", "No finite epsilon: this run gives no differential privacy guarantee."
-        )
+        return _absent("Epsilon by round", "No finite epsilon: this run gives no differential privacy guarantee.")
     target = number(record.config().get("privacy", {}), "epsilon")
     return card(
         "Epsilon by round",
@@ -111,18 +107,14 @@ def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
     if not values:
         return _absent("Update norms by round", "No round has been trained yet.")
     clip_norm = number(record.start, "clip_norm")
-    compared = (
-        " and the devices' own updates before clipping" if any(one.points for one in series[1:]) else ""
-    )
+    compared = " and the devices' own updates before clipping" if any(one.points for one in series[1:]) else ""
     return card(
         "Update norms by round",
         f"L2 norms of the released mean with its noise{compared}.",
         line_chart(
             series,
             title="Update norms by round",
-            description="; ".join(
-                f"{one.label} ends at {figure(one.points[-1][1])}" for one in series if one.points
-            ),
+            description="; ".join(f"{one.label} ends at {figure(one.points[-1][1])}" for one in series if one.points),
             x=_ROUNDS,
             y=Axis("L2 norm", log=suits_log([*values, *([clip_norm] if clip_norm else [])]), from_zero=True),
             reference=Reference(clip_norm, f"clip norm {figure(clip_norm)}") if clip_norm else None,
@@ -168,9 +160,7 @@ def _payload(record: RunRecord) -> Markup:
     return card(
         "Bytes of an update",
         f"What one device sends in one round, by kind of block: {data_size(total)}.",
-        bar_chart(
-            bars, title="Bytes of an update", description="; ".join(f"{b.label}: {b.shown}" for b in bars)
-        ),
+        bar_chart(bars, title="Bytes of an update", description="; ".join(f"{b.label}: {b.shown}" for b in bars)),
     )
 
 
@@ -194,9 +184,7 @@ def _outcomes(record: RunRecord) -> Markup:
     return card(
         "Devices by outcome",
         f"Every device sampled, over {count(len(rounds), 'round')}.{workers}",
-        bar_chart(
-            bars, title="Devices by outcome", description="; ".join(f"{b.label}: {b.shown}" for b in bars)
-        ),
+        bar_chart(bars, title="Devices by outcome", description="; ".join(f"{b.label}: {b.shown}" for b in bars)),
     )
 
 
@@ -220,6 +208,4 @@ def _traffic(record: RunRecord) -> tuple[str, dict[int, float]]:
 
 
 def _absent(title: str, why: str) -> Markup:
-    return element(
-        "figure", element("figcaption", text("h3", title)), text("p", why, class_="absent"), class_="card"
-    )
+    return element("figure", element("figcaption", text("h3", title)), text("p", why, class_="absent"), class_="card")

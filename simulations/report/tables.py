@@ -42,9 +42,7 @@ def rounds_table(record: RunRecord) -> Markup:
     groups = element(
         "tr",
         element("td", colspan=len(_FIGURES)),
-        text(
-            "th", "simulation only, not private", colspan=len(_RAW_FIGURES), scope="colgroup", class_="group"
-        ),
+        text("th", "simulation only, not private", colspan=len(_RAW_FIGURES), scope="colgroup", class_="group"),
     )
     names = [*_FIGURES.values(), *_RAW_FIGURES.values()]
     heads = element("tr", *(text("th", name, scope="col") for name in names))

@@ -61,9 +61,7 @@ def test_a_round_in_words() -> None:
 
 
 @pytest.mark.parametrize(("quiet", "as_json"), [(False, False), (True, False), (False, True)])
-def test_standard_output_belongs_to_the_result(
-    quiet: bool, as_json: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_standard_output_belongs_to_the_result(quiet: bool, as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     with progress(quiet=quiet, json=as_json) as listener:
         listener({"event": "stage", "text": "parsing"})
         print("a library talks")
@@ -77,9 +75,7 @@ def test_json_is_one_strict_object() -> None:
     out = io.StringIO()
     stdout, sys.stdout = sys.stdout, out
     try:
-        print_json(
-            {"epsilon": math.inf, "rows": [{"x": math.nan}], "run_dir": Path("a"), "ok": True, "n": None}
-        )
+        print_json({"epsilon": math.inf, "rows": [{"x": math.nan}], "run_dir": Path("a"), "ok": True, "n": None})
     finally:
         sys.stdout = stdout
     value = json.loads(out.getvalue(), parse_constant=pytest.fail)

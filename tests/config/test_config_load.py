@@ -35,9 +35,7 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
     if key.kind is int:
         return st.integers(int(low or 0), int(key.high if key.high is not None else 2**63 - 1))
     if key.kind is float:
-        return st.floats(
-            low, key.high, exclude_min=key.above is not None, allow_nan=False, allow_infinity=False
-        )
+        return st.floats(low, key.high, exclude_min=key.above is not None, allow_nan=False, allow_infinity=False)
     return st.lists(TEXT).map(tuple)
 
 
@@ -75,17 +73,16 @@ def test_hashes_are_equal_exactly_when_configs_are(a: dict[str, Any], b: dict[st
 def test_hash_does_not_see_how_a_number_was_written() -> None:
     integer = replace(Config(), privacy=PrivacyConfig(epsilon=2))
     assert config_hash(integer) == config_hash(Config())
-    assert config_hash(
-        load_config(None, ["data.public_fraction=-0.0", "pretrain.corpus=a.txt"])
-    ) == config_hash(load_config(None, ["data.public_fraction=0", "pretrain.corpus=a.txt"]))
+    assert config_hash(load_config(None, ["data.public_fraction=-0.0", "pretrain.corpus=a.txt"])) == config_hash(
+        load_config(None, ["data.public_fraction=0", "pretrain.corpus=a.txt"])
+    )
     assert re.fullmatch("[0-9a-f]{12}", config_hash(integer))
 
 
 def test_file_and_overrides_stack_in_order(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(
-        b"\xef\xbb\xbfseed = 5\r\n[trainable]\r\nlora = { rank = 4, alpha = 8 }\r\n"
-        b"[data]\r\ncorpus = '\xc3\xa9'"
+        b"\xef\xbb\xbfseed = 5\r\n[trainable]\r\nlora = { rank = 4, alpha = 8 }\r\n[data]\r\ncorpus = '\xc3\xa9'"
     )
     config = load_config(path, ["trainable.lora.alpha=1", "trainable.lora.alpha=2", "fleet={cohort=7}"])
     assert (config.seed, config.trainable.lora.rank, config.trainable.lora.alpha) == (5, 4, 2.0)

@@ -40,9 +40,7 @@ def test_each_epoch_visits_every_sequence_once(
     tokens: npt.NDArray[np.int32], length: int, batch_size: int, epochs: int
 ) -> None:
     generator = np.random.default_rng(0)
-    batches = list(
-        local_batches(tokens, length=length, batch_size=batch_size, epochs=epochs, generator=generator)
-    )
+    batches = list(local_batches(tokens, length=length, batch_size=batch_size, epochs=epochs, generator=generator))
     windows = sequences(tokens, length)
     in_epoch = -(-len(windows.inputs) // batch_size)
     assert len(batches) == epochs * in_epoch
@@ -70,9 +68,7 @@ def test_the_generator_decides_the_order() -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     config = Config(
-        data=DataConfig(
-            corpus="synthetic", cache_dir=str(tmp_path_factory.mktemp("cache")), eval_fraction=0.3
-        ),
+        data=DataConfig(corpus="synthetic", cache_dir=str(tmp_path_factory.mktemp("cache")), eval_fraction=0.3),
         synthetic=SyntheticConfig(users=60, tokens_per_user=20, classes=4),
         vocabulary=VocabularyConfig(size=64),
     )

@@ -85,9 +85,7 @@ def test_hugging_face_options_are_checked() -> None:
 
 
 def test_a_missing_file_says_what_a_corpus_can_be() -> None:
-    with pytest.raises(
-        DataError, match=r"no corpus 'nowhere\.jsonl': no such file; data\.corpus is chitchat"
-    ):
+    with pytest.raises(DataError, match=r"no corpus 'nowhere\.jsonl': no such file; data\.corpus is chitchat"):
         list(read_users(config_for("nowhere.jsonl")))
 
 

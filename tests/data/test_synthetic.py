@@ -93,9 +93,7 @@ def test_a_sample_has_the_claimed_entropies(corpus: SyntheticCorpus) -> None:
 
 def test_the_reference_figures_are_met() -> None:
     figures = [SyntheticCorpus(SyntheticConfig(), 100_000, seed).entropies(32) for seed in (1, 2)]
-    unigram, bigram, personal = np.exp(
-        np.mean([[one.unigram, one.bigram, one.personal] for one in figures], axis=0)
-    )
+    unigram, bigram, personal = np.exp(np.mean([[one.unigram, one.bigram, one.personal] for one in figures], axis=0))
     # Published figures of one draw of the affinities; draws differ by 4 %.
     assert unigram == pytest.approx(3_092, rel=0.001)
     assert bigram == pytest.approx(379, rel=0.05)

@@ -30,10 +30,7 @@ def test_any_text_survives_the_file(
     tmp_path_factory: pytest.TempPathFactory, users: list[UserTexts], compressed: bool, ascii_only: bool
 ) -> None:
     path = tmp_path_factory.mktemp("users") / ("users.jsonl.xz" if compressed else "users.jsonl")
-    lines = [
-        json.dumps({"user": u.user, "texts": u.texts, "split": u.split}, ensure_ascii=ascii_only)
-        for u in users
-    ]
+    lines = [json.dumps({"user": u.user, "texts": u.texts, "split": u.split}, ensure_ascii=ascii_only) for u in users]
     content = "".join(line + "\n" for line in lines).encode()
     path.write_bytes(lzma.compress(content) if compressed else content)
     assert list(read_users_file(path)) == users
@@ -75,8 +72,7 @@ def test_a_truncated_archive_and_a_foreign_encoding_are_named(tmp_path: Path) ->
 def test_articles_begin_at_top_level_titles_only(tmp_path: Path) -> None:
     path = tmp_path / "wiki.tokens"
     path.write_text(
-        "before\n \n = One = \n \n text a \n = = Part = = \n = = = Deep = = = \n text b \n"
-        " = Two = \n = One = \n c\n",
+        "before\n \n = One = \n \n text a \n = = Part = = \n = = = Deep = = = \n text b \n = Two = \n = One = \n c\n",
         encoding="utf-8",
     )
     users = list(read_plain_text(path, "article"))

@@ -102,9 +102,7 @@ def test_the_digest_is_the_same_in_another_process_and_differs_between_vocabular
         "print(load_vocabulary(Config(vocabulary=VocabularyConfig(size=1000))).digest)"
     )
     root = Path(__file__).resolve().parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == vocabulary("wordfreq", 1_000).digest
     assert vocabulary("wordfreq", 1_001).digest != vocabulary("wordfreq", 1_000).digest
 

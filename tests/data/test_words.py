@@ -48,11 +48,7 @@ def test_nearly_every_public_word_is_one_token() -> None:
     masses = public_word_frequencies()
     words = list(masses)[:100_000]
     codec = WordCodec((*SPECIALS, *words))
-    reached = [
-        word
-        for index, word in enumerate(words, start=len(SPECIALS))
-        if codec.encode(word).tolist() == [index]
-    ]
+    reached = [word for index, word in enumerate(words, start=len(SPECIALS)) if codec.encode(word).tolist() == [index]]
     # wordfreq keeps host names (bit.ly) and flags whole; in chat, "yes.no" would be glued by accident.
     assert sum(masses[word] for word in reached) > 0.9999 * sum(masses[word] for word in words)
 

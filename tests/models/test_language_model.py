@@ -110,9 +110,7 @@ EXPECTED_TARGETS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_name_the_linear_modules_and_peft_adapts_exactly_those(
-    make_model: ModelMaker, kind: str
-) -> None:
+def test_groups_name_the_linear_modules_and_peft_adapts_exactly_those(make_model: ModelMaker, kind: str) -> None:
     model = make_model(kind)
     groups, endings = EXPECTED_TARGETS[kind]
     targets = model.named_linear_targets(groups)

@@ -29,9 +29,7 @@ def test_weights_are_a_function_of_the_seed_alone(make_model: ModelMaker, kind: 
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_every_weight_is_initialised(
-    make_model: ModelMaker, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_weight_is_initialised(make_model: ModelMaker, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: torch_empty(*a, **k).fill_(torch.nan))
     for name, array in weights(make_model(kind, tied=False)).items():

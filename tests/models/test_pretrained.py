@@ -29,9 +29,7 @@ def save(folder: Path, kind: str, **settings: object) -> torch.nn.Module:
     for _, parameter in stock.named_parameters():  # a fresh model has no biases and almost no attention
         parameter.data += 0.2 * torch.randn(parameter.shape)
     stock.save_pretrained(folder)
-    Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")).save(
-        str(folder / "tokenizer.json")
-    )
+    Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")).save(str(folder / "tokenizer.json"))
     return stock
 
 
@@ -125,9 +123,7 @@ def test_a_model_whose_logits_are_not_hidden_times_table_is_refused(tmp_path: Pa
     AutoModelForCausalLM.register(DoublingConfig, DoublingForCausalLM)
     save(tmp_path, "llama")  # a tokenizer
     DoublingForCausalLM(DoublingConfig(**SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(
-        DataError, match=r"\(doubling\) computes its logits in another way .* difference 0\.5\)"
-    ):
+    with pytest.raises(DataError, match=r"\(doubling\) computes its logits in another way .* difference 0\.5\)"):
         load_pretrained(tmp_path)
 
 

@@ -36,9 +36,7 @@ def prv_delta(q: float, z: float, rounds: int, eps: float, removed: bool) -> flo
     cells = np.diff(cdf)  # (num,)
     points = np.linspace(-14 * z, 14 * z + 1, 400_001)
     loss = np.log1p(q * np.expm1((2 * points - 1) / (2 * z * z)))
-    weight = (
-        (1 - q) * norm.pdf(points / z) + q * norm.pdf((points - 1) / z) if removed else norm.pdf(points / z)
-    )
+    weight = (1 - q) * norm.pdf(points / z) + q * norm.pdf((points - 1) / z) if removed else norm.pdf(points / z)
     mean = float(np.sum((loss if removed else -loss) * weight) / np.sum(weight))
     shift = mean - float(cells @ grid)  # what rounding to the grid moved the mean by
     spectrum = np.fft.rfft(np.fft.ifftshift(cells))
@@ -80,9 +78,7 @@ def test_lies_below_rdp_and_at_prv(q: float, z: float, rounds: int, delta: float
     rdp = dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(delta)
     got = epsilon(sampling_probability=q, noise_multiplier=z, rounds=rounds, delta=delta)
     assert got <= rdp
-    assert max(prv_delta(q, z, rounds, got, removed) for removed in (True, False)) == pytest.approx(
-        delta, rel=0.02
-    )
+    assert max(prv_delta(q, z, rounds, got, removed) for removed in (True, False)) == pytest.approx(delta, rel=0.02)
 
 
 @pytest.mark.parametrize("delta", [1e-6, 1e-10, 1e-12])
@@ -114,12 +110,7 @@ def test_a_delta_below_the_ffts_rounding_falls_back_to_the_unsampled_gaussian() 
 )
 def test_extremes_are_finite_and_capped_by_the_unsampled_gaussian(q: float, z: float, rounds: int) -> None:
     got = epsilon(sampling_probability=q, noise_multiplier=z, rounds=rounds, delta=1e-6)
-    assert (
-        0
-        <= got
-        <= epsilon(sampling_probability=1.0, noise_multiplier=z, rounds=rounds, delta=1e-6)
-        < math.inf
-    )
+    assert 0 <= got <= epsilon(sampling_probability=1.0, noise_multiplier=z, rounds=rounds, delta=1e-6) < math.inf
 
 
 def test_tiny_noise_is_not_understated() -> None:

@@ -36,9 +36,7 @@ def integers(total: ClippedSum) -> list[int]:
 
 @settings(max_examples=600, deadline=None)
 @given(update=updates, clip_norm=clip_norms, scale=st.sampled_from([1.0, 1e-30, 1e-6, 1e6]))
-def test_one_device_moves_the_sum_by_at_most_the_clip_norm(
-    update: Vector, clip_norm: float, scale: float
-) -> None:
+def test_one_device_moves_the_sum_by_at_most_the_clip_norm(update: Vector, clip_norm: float, scale: float) -> None:
     with np.errstate(all="ignore"):
         update = (update.astype(np.float64) * scale).astype(np.float32)
     total = Clipper(clip_norm).new_sum(update.size)
@@ -51,9 +49,7 @@ def test_one_device_moves_the_sum_by_at_most_the_clip_norm(
     else:
         exact = math.sqrt(math.fsum(float(value) ** 2 for value in update))
         kept = min(1.0, clip_norm / exact) if exact else 1.0
-        assert record.clipped == (exact > clip_norm * (1 - 2**-20)) or exact == pytest.approx(
-            clip_norm, rel=1e-5
-        )
+        assert record.clipped == (exact > clip_norm * (1 - 2**-20)) or exact == pytest.approx(clip_norm, rel=1e-5)
         wanted = [float(value) * kept / clip_norm * UNITS for value in update]
         assert contribution == pytest.approx(wanted, rel=2**-19, abs=1.0)
 
@@ -80,9 +76,7 @@ def test_large_updates_are_clipped_over_all_chunks(size: int, scale: float) -> N
 def test_any_order_and_grouping_gives_the_same_bits(seed: int, num_devices: int, num_groups: int) -> None:
     rng = np.random.default_rng(seed)
     clipper = Clipper(0.3)
-    devices = [
-        (rng.standard_normal(17) * 10.0 ** rng.integers(-9, 3)).astype(np.float32) for _ in range(num_devices)
-    ]
+    devices = [(rng.standard_normal(17) * 10.0 ** rng.integers(-9, 3)).astype(np.float32) for _ in range(num_devices)]
     straight = clipper.new_sum(17)
     for update in devices:
         straight.add(update)
@@ -185,9 +179,7 @@ def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) 
         (np.array([-(2**63), 0]), {"clip_norm": 1.0, "num_devices": CAPACITY}),
     ],
 )
-def test_what_no_honest_node_sends_is_refused(
-    vector: npt.NDArray[np.int64], fields: dict[str, int | float]
-) -> None:
+def test_what_no_honest_node_sends_is_refused(vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> None:
     with pytest.raises(DataError):
         Clipper(1.0).sum_from_arrays(vector, fields)
 

@@ -75,9 +75,7 @@ def test_streams_can_be_neither_pickled_nor_copied() -> None:
 def test_a_forked_process_draws_other_noise() -> None:
     receiver, sender = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python 3.12 warns of threads that other tests left
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads that other tests left
         child = os.fork()
     if child == 0:
         os.write(sender, draw(64, 2.0**40).tobytes())
@@ -102,9 +100,7 @@ def test_the_generator_is_aes_128_in_counter_mode() -> None:
     ciphers = pytest.importorskip("cryptography.hazmat.primitives.ciphers")
     key = 0x2B7E151628AED2A6ABF7158809CF4F3C
     words = NoiseStream(key)._generator.bit_generator.random_raw(64)
-    encryptor = ciphers.Cipher(
-        ciphers.algorithms.AES(key.to_bytes(16, "little")), ciphers.modes.ECB()
-    ).encryptor()
+    encryptor = ciphers.Cipher(ciphers.algorithms.AES(key.to_bytes(16, "little")), ciphers.modes.ECB()).encryptor()
     blocks = b"".join(encryptor.update(counter.to_bytes(16, "little")) for counter in range(40))
     expected = np.frombuffer(blocks, "<u8").tolist()
     start = expected.index(int(words[0]))

@@ -26,16 +26,12 @@ from fedlm.randomness import round_key, stream
 SIZE = 100_000
 
 
-def make(
-    *, rounds: int = 20, fleet_size: int = 2_000, cohort: int = 50, seed: int = 7, **privacy: Any
-) -> PrivacyPlan:
+def make(*, rounds: int = 20, fleet_size: int = 2_000, cohort: int = 50, seed: int = 7, **privacy: Any) -> PrivacyPlan:
     config = PrivacyConfig(**({"epsilon": 0.0, "noise_multiplier": 1.0, "clip_norm": 0.3} | privacy))
     return PrivacyPlan.create(config, rounds=rounds, fleet_size=fleet_size, cohort=cohort, seed=seed)
 
 
-def filled(
-    plan: PrivacyPlan, num_devices: int, size: int = SIZE
-) -> tuple[ClippedSum, npt.NDArray[np.float64]]:
+def filled(plan: PrivacyPlan, num_devices: int, size: int = SIZE) -> tuple[ClippedSum, npt.NDArray[np.float64]]:
     total = plan.new_sum(size)
     update = np.linspace(-1e-3, 1e-3, size).astype(np.float32)
     for _ in range(num_devices):
@@ -126,9 +122,8 @@ class TestRelease:
         plan = make(enabled=False)
         total = plan.new_sum(3)
         assert not total.add(np.array([10.0, -20.0, 0.5], np.float32)).clipped
-        assert np.array_equal(
-            plan.release(total, 1), np.array([10.0, -20.0, 0.5], np.float32) / np.float32(50)
-        )
+        mean = np.array([10.0, -20.0, 0.5], np.float32) / np.float32(50)
+        assert np.array_equal(plan.release(total, 1), mean)
 
     def test_noise_is_fresh_in_every_round_and_plan(self) -> None:
         plan, again = make(), make()
@@ -141,7 +136,8 @@ class TestRelease:
     def test_another_process_repeats_reproducible_noise_only(self, reproducible: bool) -> None:
         program = (
             "import sys; from fedlm.config.schema import PrivacyConfig; from fedlm.privacy import PrivacyPlan;"
-            "config = PrivacyConfig(epsilon=0.0, noise_multiplier=1.0, reproducible_noise=sys.argv[1] == 'True');"
+            "config = PrivacyConfig("
+            "    epsilon=0.0, noise_multiplier=1.0, reproducible_noise=sys.argv[1] == 'True');"
             "plan = PrivacyPlan.create(config, rounds=20, fleet_size=2000, cohort=50, seed=7);"
             "sys.stdout.write(plan.release(plan.new_sum(64), 1).tobytes().hex())"
         )
@@ -326,14 +322,8 @@ class TestStatement:
         plan = make(rounds=1_500, fleet_size=1_000_000, cohort=1_000)
         text = plan.statement()
         for part in (
-            *(
-                "unit: user",
-                "add or remove one",
-                "1,500 releases",
-                "Poisson",
-                "1,000 / 1,000,000 = 0.001",
-                "Gaussian",
-            ),
+            *("unit: user", "add or remove one", "1,500 releases", "Poisson", "Gaussian"),
+            "1,000 / 1,000,000 = 0.001",
             *("z = 1", "C = 0.3", "epsilon 0.2214", "delta 1e-06", "PLD", "seed decides the cohorts"),
         ):
             assert part in text

@@ -105,9 +105,7 @@ def _address(array: np.ndarray) -> int:
     return int(array.ctypes.data)
 
 
-def _message(
-    node_id: int, message_type: str = "query.about", group_id: str = "1", **facts: str | int
-) -> Message:
+def _message(node_id: int, message_type: str = "query.about", group_id: str = "1", **facts: str | int) -> Message:
     return Message(RecordDict({"facts": ConfigRecord(dict(facts))}), node_id, message_type, group_id=group_id)
 
 
@@ -176,9 +174,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_outlives_a_driver_that_is_ended_in_mid_message(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_no_process_outlives_a_driver_that_is_ended_in_mid_message(tmp_path: Path, number: signal.Signals) -> None:
     marker = tmp_path / "working"
     script = tmp_path / "driver.py"
     paths = [str(Path(simulations.__file__).parents[1]), str(Path(__file__).parent)]
@@ -349,9 +345,7 @@ def test_an_exception_of_the_app_is_an_error_reply_and_no_loss(grid: RayGrid, lo
     assert grid.take_events() == []
 
 
-def test_a_killed_worker_answers_what_it_held_with_errors_and_is_replaced(
-    grid: RayGrid, tmp_path: Path
-) -> None:
+def test_a_killed_worker_answers_what_it_held_with_errors_and_is_replaced(grid: RayGrid, tmp_path: Path) -> None:
     lost, other = grid.get_node_ids()
     [before] = grid.send_and_receive([_message(lost)])
     pid = int(before.content["facts"]["pid"])
@@ -430,9 +424,7 @@ def _broken_set_up(shared: Mapping[str, np.ndarray]) -> None:
     raise RuntimeError("no table")
 
 
-@pytest.mark.parametrize(
-    "reference", ["toy_app", "no.such.module:app", f"{__name__}:nothing", f"{__name__}:train"]
-)
+@pytest.mark.parametrize("reference", ["toy_app", "no.such.module:app", f"{__name__}:nothing", f"{__name__}:train"])
 def test_app_references_are_checked(reference: str) -> None:
     with pytest.raises(ConfigError, match="client app"):
         load_client_app(reference)
@@ -476,9 +468,7 @@ _RECORDS = st.one_of(
     ),
     st.builds(
         lambda values: ConfigRecord(dict(_named(values))),
-        st.lists(
-            st.one_of(st.integers(0, 9), st.text(max_size=3), st.binary(max_size=3), st.lists(st.booleans()))
-        ),
+        st.lists(st.one_of(st.integers(0, 9), st.text(max_size=3), st.binary(max_size=3), st.lists(st.booleans()))),
     ),
     st.builds(lambda values: MetricRecord(dict(_named(values))), st.lists(st.integers(-9, 9))),
 )
@@ -503,9 +493,7 @@ def test_messages_survive_the_wire(content: dict[str, wire.Record]) -> None:
 def test_a_clone_shares_bytes_and_nothing_else() -> None:
     flower_private.adopt_server_identity(1)
     message = _with_arrays(2, _arrays(0))
-    message.content["arrays"][
-        "block.0"
-    ].slice_array()  # as Flower's own transport leaves it: with cached views
+    message.content["arrays"]["block.0"].slice_array()  # as Flower's own transport leaves it: with cached views
     copy = wire.clone(message)
     assert copy.content["arrays"]["block.0"].data is message.content["arrays"]["block.0"].data
     copy.content["arrays"]["block.0"].data = b""

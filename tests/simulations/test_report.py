@@ -28,9 +28,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "not private": {"private": False, "stamps": ("NOT PRIVATE",)},
     "seldom evaluated": {"eval_every": 0},
     "long": {"rounds": 700},
-    "bare start": {
-        "start": {"blocks": None, "versions": None, "clip_norm": None, "time": None, "privacy": {}}
-    },
+    "bare start": {"start": {"blocks": None, "versions": None, "clip_norm": None, "time": None, "privacy": {}}},
     "hostile": {
         "stamps": (HOSTILE,),
         "config": HOSTILE_CONFIG,
@@ -114,9 +112,7 @@ def test_the_tiles_are_the_run_s_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stamp", ["NOT PRIVATE", STAMP])
-def test_a_stamp_stands_in_the_title_at_the_name_at_epsilon_and_over_the_statement(
-    tmp_path: Path, stamp: str
-) -> None:
+def test_a_stamp_stands_in_the_title_at_the_name_at_epsilon_and_over_the_statement(tmp_path: Path, stamp: str) -> None:
     _, root = render(tmp_path / "run", stamps=(stamp,))
     short = stamp.partition(":")[0]
     assert words(root.find("head/title")).startswith(short)
@@ -144,9 +140,7 @@ def test_figures_that_only_a_simulation_sees_are_labelled_and_absent_otherwise(t
     assert words(box).startswith("Updates Simulation only, not private.")
     assert "devices, median" in words(box)
     run = write_run(tmp_path / "deployed")
-    lines = [
-        json.loads(line) | {"non_private": None} for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) | {"non_private": None} for line in (run / "metrics.jsonl").read_text().splitlines()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     deployed = ElementTree.fromstring(write_report(run).read_text())
     assert deployed.find(".//section[@class='raw']") is None
@@ -177,9 +171,7 @@ def test_outcomes_and_bytes_are_the_ledger_s(tmp_path: Path) -> None:
     assert texts["Devices by outcome"] == (
         "trained: 3,035 · 98 %; failed: not enough memory: 30 · < 1 %; failed: dropped out: 20 · < 1 %"
     )
-    assert texts["Bytes of an update"].startswith(
-        "embedding rows (1 block): 2.3 MB · 91 %; LoRA, factors A (3 blocks)"
-    )
+    assert texts["Bytes of an update"].startswith("embedding rows (1 block): 2.3 MB · 91 %; LoRA, factors A (3 blocks)")
 
 
 @pytest.mark.parametrize(
@@ -220,10 +212,7 @@ def test_a_folder_that_is_not_a_run_gets_no_report(tmp_path: Path) -> None:
 
 
 def test_compared_runs_show_what_differs_and_nothing_else(tmp_path: Path) -> None:
-    changed = (
-        CONFIG.replace("rank = 8", "rank = 4").replace("rounds = 30", "rounds = 10")
-        + "mechanism = 'gaussian'\n"
-    )
+    changed = CONFIG.replace("rank = 8", "rank = 4").replace("rounds = 30", "rounds = 10") + "mechanism = 'gaussian'\n"
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", rounds=10, config=changed)]
     first, second = compare_table(runs)
     assert list(first) == list(second)

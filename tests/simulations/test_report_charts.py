@@ -32,9 +32,7 @@ def test_linear_ticks_are_round_even_and_inside(
     assert len(scale.ticks) <= 10
     for step in steps:
         assert step == pytest.approx(steps[0])
-        assert any(
-            math.isclose(step, m * 10.0 ** round(math.log10(step / m)), rel_tol=1e-6) for m in (1, 2, 5)
-        )
+        assert any(math.isclose(step, m * 10.0 ** round(math.log10(step / m)), rel_tol=1e-6) for m in (1, 2, 5))
     if whole:
         assert all(math.isclose(tick, round(tick), abs_tol=1e-9) for tick in scale.ticks)
     if from_zero:
@@ -97,11 +95,7 @@ def test_values_read_off_the_axes_are_the_data(log: bool) -> None:
         y=Axis("loss", log=log),
     )
     root = ElementTree.fromstring(chart)
-    marks = [
-        (float(m.attrib["cx"]), float(m.attrib["cy"]))
-        for m in root.iter("circle")
-        if "mark" in m.attrib["class"]
-    ]
+    marks = [(float(m.attrib["cx"]), float(m.attrib["cy"])) for m in root.iter("circle") if "mark" in m.attrib["class"]]
     left, bottom = _read_axis(root, "end", "y"), _read_axis(root, "middle", "x")
     for (x, y), (place, value) in zip(marks, points, strict=True):
         assert _interpolate(bottom, x, log=False) == pytest.approx(place, abs=0.05)
@@ -156,9 +150,7 @@ def test_a_printed_bound_holds_and_is_tight(value: float) -> None:
 
 @given(st.floats(1e-12, 1e12), st.integers(2, 6))
 def test_a_figure_is_within_its_digits(value: float, digits: int) -> None:
-    assert float(figure(value, digits).replace(",", "")) == pytest.approx(
-        value, rel=0.51 * 10.0 ** (1 - digits)
-    )
+    assert float(figure(value, digits).replace(",", "")) == pytest.approx(value, rel=0.51 * 10.0 ** (1 - digits))
 
 
 def test_figures_that_are_not_numbers() -> None:
@@ -168,9 +160,7 @@ def test_figures_that_are_not_numbers() -> None:
 
 
 def _read_axis(root: ElementTree.Element, anchor: str, direction: str) -> list[tuple[float, float]]:
-    labels = [
-        t for t in root.iter("text") if t.attrib.get("text-anchor") == anchor and "class" not in t.attrib
-    ]
+    labels = [t for t in root.iter("text") if t.attrib.get("text-anchor") == anchor and "class" not in t.attrib]
     return [(float(label.attrib[direction]), float((label.text or "").replace(",", ""))) for label in labels]
 
 

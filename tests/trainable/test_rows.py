@@ -15,9 +15,7 @@ ZIPF = 1 / (np.arange(400) + 2.7)
 ZIPF /= ZIPF.sum()
 
 
-@pytest.mark.parametrize(
-    ("alpha", "count"), [(0.0, 40), (0.5, 40), (1.0, 40), (1.0, 300), (0.5, 400), (2.0, 399)]
-)
+@pytest.mark.parametrize(("alpha", "count"), [(0.0, 40), (0.5, 40), (1.0, 40), (1.0, 300), (0.5, 400), (2.0, 399)])
 def test_inclusion_probabilities_sum_to_count_and_follow_the_power(alpha: float, count: int) -> None:
     pi = inclusion_probabilities(ZIPF, alpha, count)
     assert pi.sum() == pytest.approx(count)

@@ -76,9 +76,7 @@ def dense_loss(
     return per_token.mean()
 
 
-def reference_run(
-    c: Config, model: Any, parameters: list[Tensor], table: Tensor, bias: Tensor, device: int
-) -> None:
+def reference_run(c: Config, model: Any, parameters: list[Tensor], table: Tensor, bias: Tensor, device: int) -> None:
     """Train `parameters` in place with torch.optim.SGD on dense losses over whole tables."""
     optimiser = torch.optim.SGD(parameters, lr=c.local.learning_rate)
     batches = local_batches(
@@ -150,9 +148,7 @@ def test_all_kinds_together_equal_autograd_on_whole_tables(model: str, tied: str
         p.requires_grad_(True)
     optimiser = torch.optim.SGD(parameters, lr=c.local.learning_rate)
     noise, rng = NoiseDistribution(FREQUENCIES, c.loss, np.empty(0, np.int64)), stream(KEY, "negatives", 4)
-    for batch in local_batches(
-        TOKENS, length=12, batch_size=3, epochs=1, generator=stream(KEY, "shuffle", 4)
-    ):
+    for batch in local_batches(TOKENS, length=12, batch_size=3, epochs=1, generator=stream(KEY, "shuffle", 4)):
         mask = torch.from_numpy(batch.mask)
         hidden = reference.body(nn.functional.embedding(torch.from_numpy(batch.inputs), table), mask)[mask]
         negatives = np.empty(0, np.int64) if loss == "full_softmax" else noise.draw(rng)
