@@ -11,13 +11,10 @@ import torch
 from fedlm.errors import ConfigError, DataError
 from fedlm.models.lstm import LstmModel
 from fedlm.models.transformer import TransformerModel
-from fedlm.models.weights import set_weights, weights
 from fedlm.randomness import seed_key, stream
 
 if TYPE_CHECKING:
     from fedlm.config.schema import Config
-
-__all__ = ["build_model", "empty_model", "log_frequencies", "set_weights", "weights"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 OWN_MODELS = ("transformer", "lstm")

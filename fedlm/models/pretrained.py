@@ -54,6 +54,7 @@ class PretrainedModel(LanguageModel):
         tied = output.weight is rows.weight
         super().__init__(rows.weight, None if tied else output.weight, output.bias)
         self.architecture: dict[str, Any] = source.config.to_dict()
+        self.max_length: int | None = getattr(source.config, "max_position_embeddings", None)
         self.embed_scale = float(getattr(rows, "embed_scale", 1.0))
         source.set_input_embeddings(nn.Identity())
         _replace_conv1d(source.base_model)
@@ -62,7 +63,13 @@ class PretrainedModel(LanguageModel):
         self.train(self.training)
 
     def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map embedded inputs (B, T, D) to hidden states (B, T, D); see `LanguageModel.body`."""
+        """Map embedded inputs (B, T, D) to hidden states (B, T, D); see `LanguageModel.body`.
+
+        Raises:
+            DataError: T is longer than the positions that the model was made for.
+        """
+        if self.max_length is not None and x.shape[1] > self.max_length:
+            raise DataError(f"a sequence of {x.shape[1]} tokens; the model has {self.max_length} positions; cut it")
         plain = x.shape[1] <= LONGEST_PLAIN_ATTENTION
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             decoded = self.get_submodule(self._decoder)(inputs_embeds=x, attention_mask=mask, use_cache=False)

@@ -7,8 +7,8 @@ depends on s (Mironov 2012, "On significance of the least significant bits for d
 
 What is left is that a fp64 normal has gaps of about 2^-50 standard deviations. The result is therefore
 rounded again, to a public power of two of about 2^-20 standard deviations: each cell then holds some 2^29
-possible draws, and the log-likelihood of a million coordinates over 2,000 rounds is off by about 1e-4
-standard deviations of itself.
+possible draws. By estimate, the deviation from the ideal law in a million coordinates over 2,000 rounds is a
+divergence of about 1e-8 in all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from randomgen import AESCounter
 
-# 2^62 (a full sum) and 9.2 standard deviations (the most that a 53-bit draw reaches) together stay below
-# 2^63.
+# A full sum (2^62) and 9.2 standard deviations (the most that 53 bits reach) together stay below 2^63.
 MAX_STD = 2.0**58
 _CELLS_PER_STD_BITS = 20
 _CHUNK = 16_384

@@ -20,7 +20,7 @@ RUN_ID = 1
 class LocalGrid(Grid):
     """A grid whose nodes live as long as it does; use it as a context manager.
 
-    A message's time to live is not enforced. Replies that nobody pulls stay in memory until the grid is closed.
+    A message's time to live is not enforced. Replies that nobody pulls stay until the grid is closed.
     """
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ class _Entry(NamedTuple):
 class BroadcastStore:
     """Remembers which records of the current message group are in the object store.
 
-    A record is recognised by the identity of its arrays' bytes, which cannot change: two records that share their
-    arrays are stored once, and one that was changed in place is stored again.
+    A record is recognised by the identity of its arrays' bytes, which cannot change: two records that share
+    their arrays are stored once, and one that was changed in place is stored again.
 
     Arguments:
         put: Stores a record and returns its reference; `ray.put`.
@@ -31,14 +31,14 @@ class BroadcastStore:
         self._group_id: str | None = None
         self._entries: dict[_Key, _Entry] = {}
 
-    def reference(self, record: ArrayRecord, group_id: str) -> Any:
-        """Return the reference of a record, storing it if this group has not carried it yet.
-
-        References of earlier groups are dropped; messages in flight keep theirs.
-        """
+    def enter(self, group_id: str) -> None:
+        """Begin a message of a group; references of other groups are dropped, messages in flight keep theirs."""
         if group_id != self._group_id:
             self._entries.clear()
             self._group_id = group_id
+
+    def reference(self, record: ArrayRecord) -> Any:
+        """Return the reference of a record, storing it if this group has not carried it yet."""
         key = tuple((name, a.dtype, tuple(a.shape), a.stype, id(a.data)) for name, a in record.items())
         if key not in self._entries:
             buffers = [array.data for array in record.values()]

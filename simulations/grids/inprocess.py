@@ -78,8 +78,8 @@ class InProcessGrid(LocalGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Run one of these messages, the one that was pushed first, and return its reply.
 
-        One message a call, so that the caller can show progress. Ids that are unknown or were answered before are
-        passed over.
+        One message a call, so that the caller can show progress. Ids that are unknown or were answered before
+        are passed over.
         """
         wanted = set(message_ids)
         message_id = next((queued for queued in self._queue if queued in wanted), None)

@@ -1,4 +1,4 @@
-"""The workers of the Ray grid: one actor for each node, replaced when it is lost, given up when that does not help."""
+"""The workers of the Ray grid: one actor for each node, replaced when it is lost, within a limit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlm.errors import WorkerError
+from simulations.grids.broadcast import BroadcastStore
 from simulations.grids.node import one_line
 from simulations.grids.ray_session import START_TIMEOUT_S
 from simulations.grids.ray_worker import Worker, WorkerPlan
@@ -48,7 +49,7 @@ class Node:
 
 
 class RayFleet:
-    """Starts, replaces and ends workers, and keeps a record of what happened to them.
+    """Starts, replaces and ends workers, keeps a record of it, and holds what they all read.
 
     Arguments:
         ray: The ray module, connected.
@@ -74,6 +75,7 @@ class RayFleet:
             num_cpus=1, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": dict(environment)}
         )
         self._events: list[dict[str, Any]] = []
+        self.broadcasts = BroadcastStore(ray.put)
         self.nodes = {node_id: Node(plan) for node_id, plan in plans.items()}
         for node in self.nodes.values():
             self._start(node)
@@ -124,7 +126,7 @@ class RayFleet:
         }
 
     def replace(self, node_id: int, cause: str, num_messages: int) -> None:
-        """Record that a worker was lost with the messages it held, and start another one unless it is given up."""
+        """Record that a worker was lost with the messages it held; start another unless the node is given up."""
         _log.debug("worker of node %d lost: %s", node_id, cause)
         node = self.nodes[node_id]
         self._events.append({"event": "worker_lost", "node_id": node_id, "cause": cause, "messages": num_messages})
@@ -141,9 +143,11 @@ class RayFleet:
         return events
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker and drop what is in the object store."""
         for node in self.nodes.values():
             self._end(node)
+        self.broadcasts.clear()
+        self._shared = None
 
     def _start(self, node: Node) -> None:
         node.actor = self._actor_class.remote()

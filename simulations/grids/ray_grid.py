@@ -1,7 +1,7 @@
 """A grid whose nodes are long-lived Ray actors, on this machine or on a cluster.
 
-What a worker held when it died comes back as error replies with code `WORKER_LOST`, and a fresh worker takes its
-node; its Context starts empty, so a ClientApp keeps nothing there that it cannot do without.
+What a worker held when it died comes back as error replies with code `WORKER_LOST`, and a fresh worker takes
+its node. Its Context starts empty, so a ClientApp keeps nothing there that it cannot do without.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from flwr.app import Message, Metadata
 from fedlm.errors import ConfigError, WorkerError
 from simulations.grids import wire
 from simulations.grids.base import LocalGrid
-from simulations.grids.broadcast import BroadcastStore
 from simulations.grids.flower_private import (
     APP_ERROR,
     WORKER_LOST,
@@ -51,8 +50,8 @@ class RayGrid(LocalGrid):
     Arguments:
         app: Reference of the ClientApp; every worker imports it.
         setup: A module-level function that each worker calls once with the shared arrays, before any message.
-        shared: Frozen arrays. They are stored once for each machine, and workers read them in place: `setup` gets
-            read-only arrays without a copy.
+        shared: Frozen arrays. They are stored once for each machine, and workers read them in place: `setup`
+            gets read-only arrays without a copy.
         num_workers: Nodes, one CPU each; 0 means one for each CPU of the machine or cluster.
         run_config: Scalars of the run, in every context.
         node_config: Scalars of the nodes; `partition-id` and `num-partitions` are added.
@@ -60,7 +59,7 @@ class RayGrid(LocalGrid):
         timeout_s: A worker that holds messages and gives no reply for this long is given up for lost.
 
     Raises:
-        ConfigError: A number is out of range, or there are more workers than CPUs (on a cluster: at first use).
+        ConfigError: A number is out of range, or more workers than CPUs (on a cluster: at first use).
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class RayGrid(LocalGrid):
         super().__init__()
         self._sent: dict[Any, _Sent] = {}  # by the reference of the outcome, oldest first
         self._replies: dict[str, Message] = {}
-        self._ready = False
+        self._ready = False  # every worker has started once
         arrays = {name: np.ascontiguousarray(array) for name, array in (shared or {}).items()}
         self._shared_bytes = sum(array.nbytes for array in arrays.values())
         self.store_capacity_bytes = 0 if address else store_capacity(self._shared_bytes)
@@ -92,29 +91,28 @@ class RayGrid(LocalGrid):
         # workers here can import whatever this process can; on a cluster the packages are installed
         environment = WORKER_ENVIRONMENT if address else {**WORKER_ENVIRONMENT, **_import_paths()}
 
-        def start_fleet(ray: Any) -> None:
+        def start_fleet(ray: Any) -> RayFleet:
             num_cpus = int(ray.cluster_resources().get("CPU", 0))
             _check_cores(num_workers, num_cpus)
             num_nodes = num_workers or num_cpus
             plans = {node_id: new_plan(index, num_nodes) for index, node_id in enumerate(node_ids(num_nodes))}
-            self._broadcasts = BroadcastStore(ray.put)
-            self._fleet = RayFleet(ray, plans, ray.put(arrays), environment=environment, timeout_s=timeout_s)
+            stored = ray.put(arrays)
             arrays.clear()  # from here on the object store alone holds them for us
+            return RayFleet(ray, plans, stored, environment=environment, timeout_s=timeout_s)
 
         self._timeout_s = timeout_s
         self._session = RaySession(address=address, store_bytes=self.store_capacity_bytes, on_connect=start_fleet)
 
     def get_node_ids(self) -> list[int]:
         """Return the ids of the nodes that have not been given up; waits until their number is known."""
-        self._session.wait()
         return [node_id for node_id, node in self._fleet.nodes.items() if not node.given_up]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send each message to its node, which works on them in this order; the first call waits for the workers.
+        """Send each message to its node, which works on them in this order; the first call awaits the workers.
 
         Arguments:
-            messages: Each is copied. Array records of at least `wire.DETACH_BYTES` go through the object store, once
-                for all messages of the same `group_id` that carry them.
+            messages: Each is copied. Array records of at least `wire.DETACH_BYTES` go through the object store,
+                once for all consecutive messages of one `group_id` that carry them.
 
         Returns:
             Their new ids.
@@ -128,8 +126,8 @@ class RayGrid(LocalGrid):
             self._ready = True
         if not node_ids_left:
             raise WorkerError(
-                f"no worker is left: at every node {MAX_RESTARTS + 1} were lost in a row; give them more memory, or "
-                "fewer devices at a time (execution.workers, execution.group_size)"
+                f"no worker is left: at every node {MAX_RESTARTS + 1} were lost in a row; give them more memory, "
+                "or fewer devices at a time (execution.workers, execution.group_size)"
             )
         return [self._push(message) for message in messages]
 
@@ -139,33 +137,34 @@ class RayGrid(LocalGrid):
         Ids that are unknown or were answered before are passed over.
         """
         wanted = list(message_ids)
-        self._session.wait()
         self._collect(0.0 if any(message_id in self._replies for message_id in wanted) else PULL_WAIT_S)
         return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
 
     def take_events(self) -> list[dict[str, Any]]:
         """Return what happened to workers since the last call, oldest first.
 
-        Each is `{"event": "worker_lost" | "worker_restarted" | "worker_given_up", "node_id": int}`; a loss also has
-        its `cause` and the number of `messages` that the worker held.
+        Each is `{"event": "worker_lost" | "worker_restarted" | "worker_given_up", "node_id": int}`; a loss also
+        has its `cause` and the number of `messages` that the worker held.
         """
-        self._session.wait()
         return self._fleet.take_events()
 
     def object_store_bytes(self) -> int:
-        """Return the bytes that this grid keeps in the object store: shared arrays and the current broadcasts."""
-        self._session.wait()
-        return self._shared_bytes + self._broadcasts.num_bytes()
+        """Return the bytes that this grid keeps in the object store: shared arrays and current broadcasts."""
+        return self._shared_bytes + self._fleet.broadcasts.num_bytes()
 
     def close(self) -> None:
         """End the workers, and Ray with all its processes if this grid has started it."""
         try:
-            if self._session.settle() and hasattr(self, "_fleet"):
-                self._fleet.close()
-                self._broadcasts.clear()
+            if fleet := self._session.settle():
+                fleet.close()
         finally:
             self._session.close()
             self._sent.clear()
+
+    @property
+    def _fleet(self) -> RayFleet:
+        """The workers; waits until they have been created."""
+        return self._session.wait()
 
     def _push(self, message: Message) -> str:
         metadata = message.metadata
@@ -183,7 +182,8 @@ class RayGrid(LocalGrid):
         if not self._held_by(sent.node_id):
             node.hear()
         parcel, records = wire.detach(message)
-        references = [self._broadcasts.reference(record, metadata.group_id) for record in records]
+        self._fleet.broadcasts.enter(metadata.group_id)
+        references = [self._fleet.broadcasts.reference(record) for record in records]
         self._sent[node.actor.handle.remote(parcel, *references)] = sent
         return message_id
 
@@ -250,8 +250,8 @@ def _import_paths() -> dict[str, str]:
 def _check_numbers(num_workers: int, timeout_s: float) -> None:
     if num_workers < 0 or not timeout_s > 0:
         raise ConfigError(
-            f"num_workers = {num_workers}, timeout_s = {timeout_s:g}: expected num_workers >= 0 (0: one for each "
-            "core) and timeout_s > 0"
+            f"num_workers = {num_workers}, timeout_s = {timeout_s:g}: expected num_workers >= 0 (0: one for "
+            "each core) and timeout_s > 0"
         )
 
 

@@ -1,8 +1,8 @@
-"""Ray's life in this process: started or joined in the background, and ended together with every process it started.
+"""Ray's life in this process: started or joined in the background, and ended with every process of it.
 
-Ray is imported here, in a thread, and only when a session is opened: importing and starting it takes some seconds.
-The thread that starts Ray stays until the session is closed, because Linux kills Ray's processes when the thread
-that started them ends; so none of them outlives this process either, however it ends.
+Ray is imported in a thread, and only when a session is opened: importing and starting it takes some seconds.
+The thread stays until the session is closed, because Linux kills Ray's servers when the thread that started them
+ends; so they do not outlive this process either, however it ends (their two small agents follow in a minute).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fedlm.errors import ConfigError, WorkerError
 from simulations.grids.node import one_line
+
+T = TypeVar("T")
 
 START_TIMEOUT_S = 120.0
 """Longest wait for Ray, and for a worker, to start."""
@@ -36,7 +38,7 @@ WORKER_ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # glibc gives large temporaries back to the system at once, and the next batch pays for them in page faults
+    # glibc gives large temporaries back to the system at once; the next batch pays for them in page faults
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
 }
@@ -49,7 +51,7 @@ _QUIET = {
 _QUIET_LOCAL = {
     "RAY_enable_metrics_collection": "0",  # saves most of a second at the start
     "RAY_prestart_worker_first_driver": "0",  # those would lack the workers' environment
-    # Ray's ports run any code that is sent to them: keep them on the loopback interface, as on Windows and macOS
+    # Ray's ports run any code that is sent to them: stay on the loopback interface, as on Windows and macOS
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
@@ -71,23 +73,24 @@ def store_capacity(shared_bytes: int) -> int:
     return max(_MIN_STORE_BYTES, min(2 * shared_bytes + _WORKING_STORE_BYTES, int(0.8 * free)))
 
 
-class RaySession:
+class RaySession(Generic[T]):
     """Starts Ray on this machine, or joins a cluster, in a thread of its own.
 
     Arguments:
-        address: Of a running cluster; empty starts Ray here with `available_cores()` CPUs. A Ray that this process
-            has joined already is used as it is, and left running.
+        address: Of a running cluster; empty starts Ray here with `available_cores()` CPUs. A Ray that this
+            process has joined already is used as it is, and left running.
         store_bytes: Object store of a Ray that is started here.
-        on_connect: Runs in the thread once Ray is there; receives the ray module.
+        on_connect: Runs in the thread once Ray is there; receives the ray module, and `wait` returns its result.
     """
 
-    def __init__(self, *, address: str, store_bytes: int, on_connect: Callable[[Any], None]) -> None:
+    def __init__(self, *, address: str, store_bytes: int, on_connect: Callable[[Any], T]) -> None:
         self.ray: Any = None
         self._address = address
         self._store_bytes = store_bytes
         self._on_connect = on_connect
         self._joined = False  # by us: to be left at the end
         self._folder = ""  # of the processes that we started
+        self._result: T
         self._failure: BaseException | None = None
         self._connected = threading.Event()
         self._release = threading.Event()
@@ -95,8 +98,8 @@ class RaySession:
         self._thread = threading.Thread(target=self._run, name="ray-session", daemon=True)
         self._thread.start()
 
-    def wait(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until Ray is there and `on_connect` has returned.
+    def wait(self, timeout_s: float = START_TIMEOUT_S) -> T:
+        """Wait until Ray is there and return what `on_connect` returned.
 
         Raises:
             WorkerError: It failed, or took longer than `timeout_s`.
@@ -111,11 +114,13 @@ class RaySession:
         if self._failure is not None:
             where = f"cluster at {self._address!r}" if self._address else "this machine"
             raise WorkerError(f"Ray on {where}: {one_line(self._failure)}") from self._failure
+        return self._result
 
-    def settle(self) -> bool:
-        """Wait until the thread has connected or failed, and return whether Ray can be used."""
+    def settle(self) -> T | None:
+        """Wait until Ray is there or has failed; return what `on_connect` returned if Ray can be used."""
         self._connected.wait(START_TIMEOUT_S)
-        return not self._closed and self.ray is not None and bool(self.ray.is_initialized())
+        usable = not self._closed and self._failure is None and self.ray is not None and self.ray.is_initialized()
+        return self._result if usable else None
 
     def close(self) -> None:
         """Leave Ray; if it was started here, end it and wait until every process of it is gone."""
@@ -134,7 +139,7 @@ class RaySession:
     def _run(self) -> None:
         try:
             self._connect()
-            self._on_connect(self.ray)
+            self._result = self._on_connect(self.ray)
         except BaseException as error:  # raised again in wait(), by the thread that wants to know
             self._failure = error
         self._connected.set()
@@ -168,9 +173,9 @@ class RaySession:
 
 
 def _ray_processes(session_folder: str) -> dict[int, str]:
-    """Return pid and start time of the children of this process that name the folder, and of their descendants.
+    """Return pid and start time of this process's children that name the folder, and of their descendants.
 
-    Workers carry no trace of the session in their names, but they are children of the raylet, which does.
+    Workers do not name it, but they are children of the raylet, which does.
     """
     stats = _process_table()
     found: dict[int, str] = {}

@@ -1,8 +1,9 @@
 """How messages travel between the server and a node: pickle protocol 5, the bytes of arrays out of band.
 
-flwr's `Array` holds `bytes`, which pickle would copy into its stream. Importing this module registers a reduction
-of `Array` that offers them as a buffer instead: Ray writes them straight into its object store, `clone` shares them.
-Large array records are *detached*: they travel as objects of their own, once for all messages that carry them.
+flwr's `Array` holds `bytes`, which pickle would copy into its stream. Importing this module registers another
+way to pickle `Array`, which offers them as a buffer: Ray writes them straight into its object store, and `clone`
+shares them. Large array records are *detached*: they travel as objects of their own, once for all messages that
+carry them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from conftest import ModelMaker
 
 from fedlm.config.schema import Config, ModelConfig
 from fedlm.errors import ConfigError, DataError
-from fedlm.models.factory import build_model, empty_model, log_frequencies, weights
+from fedlm.models.factory import build_model, empty_model, log_frequencies
+from fedlm.models.weights import weights
 
 OWN = ["transformer", "lstm"]
 

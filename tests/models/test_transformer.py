@@ -10,7 +10,7 @@ import torch
 from conftest import LENGTH, VOCABULARY, ModelMaker
 
 from fedlm.errors import DataError
-from fedlm.models.factory import weights
+from fedlm.models.weights import weights
 
 erf = np.vectorize(math.erf)
 
@@ -57,9 +57,10 @@ def test_hidden_states_equal_an_independent_program(make_model: ModelMaker, leng
     np.testing.assert_allclose(found, numpy_hidden(w, tokens, 2, 2), atol=2e-4)
 
 
-def test_a_sequence_longer_than_the_positions_is_refused(make_model: ModelMaker) -> None:
+@pytest.mark.parametrize("kind", ["transformer", "gpt2"])
+def test_a_sequence_longer_than_the_positions_is_refused(make_model: ModelMaker, kind: str) -> None:
     with pytest.raises(DataError, match=f"{LENGTH + 1} tokens; the model has {LENGTH} positions"):
-        make_model("transformer").hidden(torch.zeros(1, LENGTH + 1, dtype=torch.int64))
+        make_model(kind).hidden(torch.zeros(1, LENGTH + 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])

@@ -44,6 +44,11 @@ def test_the_lattice_of_the_result_is_public(std: float) -> None:
     assert np.abs(total - (noise + np.arange(50_000) * 7_919 + 1)).max() <= step
 
 
+def test_noise_has_the_resolution_of_the_lattice() -> None:
+    # Half precision has some 30,000 values in all; the lattice has 2^20 in one standard deviation.
+    assert np.unique(draw(100_000, 2.0**40)).size > 95_000
+
+
 def test_every_stream_is_fresh() -> None:
     first, second = draw(10_000, 2.0**40), draw(10_000, 2.0**40)
     assert not (first == second).any() or (first == second).mean() < 1e-3

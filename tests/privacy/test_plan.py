@@ -135,7 +135,8 @@ class TestRelease:
     @pytest.mark.parametrize("reproducible", [False, True])
     def test_another_process_repeats_reproducible_noise_only(self, reproducible: bool) -> None:
         program = (
-            "import sys; from fedlm.config.schema import PrivacyConfig; from fedlm.privacy import PrivacyPlan;"
+            "import sys; from fedlm.config.schema import PrivacyConfig;"
+            "from fedlm.privacy import PrivacyPlan;"
             "config = PrivacyConfig("
             "    epsilon=0.0, noise_multiplier=1.0, reproducible_noise=sys.argv[1] == 'True');"
             "plan = PrivacyPlan.create(config, rounds=20, fleet_size=2000, cohort=50, seed=7);"

@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(cache: Path) -> Callable[..., Config]:
     """Make the small experiment with overrides."""
     return lambda *overrides: load_config(None, [*SMALL, f"data.cache_dir={cache}", *overrides])

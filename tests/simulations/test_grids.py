@@ -27,7 +27,7 @@ from simulations.grids import flower_private, wire
 from simulations.grids.base import LocalGrid
 from simulations.grids.inprocess import InProcessGrid
 from simulations.grids.ray_grid import RayGrid
-from simulations.grids.ray_session import available_cores
+from simulations.grids.ray_session import RaySession, available_cores, store_capacity
 from simulations.grids.ray_worker import load_client_app
 
 toy_app = ClientApp()
@@ -38,7 +38,7 @@ SHARED = {
     "bias": np.ones(3, np.float16),
 }
 RUN_CONFIG = {"rounds": 2, "rate": 0.5, "name": "toy", "private": True}
-TIMEOUT_S = 6.0
+TIMEOUT_S = 5.0
 NUM_WORKERS = 2
 
 
@@ -63,9 +63,9 @@ def train(message: Message, context: Context) -> Message:
 @toy_app.query("about")
 def about(message: Message, context: Context) -> Message:
     """Describe this process and the arrays that `set_up` received."""
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    regions = [tuple(int(end, 16) for end in m[0].split("-")) for m in maps if "plasma" in m[-1]]
-    in_store = [any(lo <= _address(a) < hi for lo, hi in regions) for a in _weights.values()]
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/plasma" in line]
+    regions = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
+    in_store = [any(low <= a.ctypes.data < high for low, high in regions) for a in _weights.values()]
     facts = ConfigRecord(
         {
             "pid": os.getpid(),
@@ -99,10 +99,6 @@ def hang(message: Message, context: Context) -> Message:
     Path(str(message.content["facts"]["marker"])).touch()
     time.sleep(3600)
     raise AssertionError
-
-
-def _address(array: np.ndarray) -> int:
-    return int(array.ctypes.data)
 
 
 def _message(node_id: int, message_type: str = "query.about", group_id: str = "1", **facts: str | int) -> Message:
@@ -149,6 +145,10 @@ def _descendants(root: int) -> dict[int, str]:
     return found
 
 
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def _alive(processes: dict[int, str]) -> list[int]:
     def born(pid: int) -> str:
         try:
@@ -186,11 +186,12 @@ def test_no_process_outlives_a_driver_that_is_ended_in_mid_message(tmp_path: Pat
         _until(lambda: marker.exists() or driver.poll() is not None, "the worker's message", 90)
         assert driver.poll() is None, log.read_text()
         processes = _descendants(driver.pid)
-        assert len(processes) >= 3  # Ray's two servers and the worker, at least
         if number is signal.SIGINT:
             os.killpg(driver.pid, number)  # as a terminal does
-        else:
+        else:  # no code of ours runs: Ray's two agents take a minute to notice, the rest ends at once
+            processes = {pid: born for pid, born in processes.items() if "Agent" not in _command(pid)}
             driver.kill()
+        assert len(processes) >= 3  # Ray's two servers and the worker, at least
         assert driver.wait(timeout=30) == -number
     finally:
         driver.kill()
@@ -201,9 +202,30 @@ def test_no_process_outlives_a_driver_that_is_ended_in_mid_message(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def ray_grid() -> Iterator[RayGrid]:
+def ray_session() -> Iterator[RaySession]:
+    """Ray is started once for this file; its grids join it and have to leave it running."""
     if available_cores() < NUM_WORKERS:
         pytest.skip(f"these tests need {NUM_WORKERS} processor cores")
+    session = RaySession(address="", store_bytes=store_capacity(0), on_connect=lambda ray: None)
+    session.wait()
+    yield session
+    session.close()
+
+
+def _broken_set_up(shared: Mapping[str, np.ndarray]) -> None:
+    raise RuntimeError("no table")
+
+
+def test_a_failing_setup_is_reported_at_first_use(ray_session: RaySession) -> None:
+    with (
+        RayGrid(app=f"{__name__}:toy_app", setup=_broken_set_up, num_workers=1, run_config={}) as grid,
+        pytest.raises(WorkerError, match=r"node 2 could not start: RuntimeError: no table"),
+    ):
+        grid.push_messages([_message(2)])
+
+
+@pytest.fixture(scope="module")
+def ray_grid(ray_session: RaySession) -> Iterator[RayGrid]:
     with RayGrid(
         app=f"{__name__}:toy_app",
         setup=set_up,
@@ -289,17 +311,17 @@ def test_a_broadcast_is_stored_once_for_all_its_messages(grid: RayGrid) -> None:
     grid.send_and_receive([_message(i, group_id="before") for i in grid.get_node_ids()])
     size = 8_000_000
     record = ArrayRecord({"v": Array(np.zeros(size, np.uint8))})
-    base, held = _store_bytes(), grid.object_store_bytes()
+    base, shared_bytes = _store_bytes(), sum(array.nbytes for array in SHARED.values())
+    assert grid.object_store_bytes() == shared_bytes
     messages = [_with_arrays(node_id, record, "broadcast") for node_id in grid.get_node_ids() * 3]
     for message in messages:
         message.metadata.message_type = "query.about"
     assert not any(reply.has_error() for reply in grid.send_and_receive(messages))
     assert size <= _store_bytes() - base < 1.5 * size
-    assert size <= grid.object_store_bytes() - held < 1.1 * size
-    small = ArrayRecord({"v": Array(np.zeros(wire.DETACH_BYTES, np.uint8))})
-    grid.send_and_receive([_with_arrays(grid.get_node_ids()[0], small, "next")])
+    assert grid.object_store_bytes() - shared_bytes == len(record["v"].data)
+    grid.send_and_receive([_message(grid.get_node_ids()[0], group_id="next")])
+    assert grid.object_store_bytes() == shared_bytes
     _until(lambda: _store_bytes() - base < size, "the old broadcast's release")
-    assert grid.object_store_bytes() - held < size
 
 
 def test_a_record_changed_in_place_is_sent_as_it_is(grid: RayGrid) -> None:
@@ -400,28 +422,19 @@ def test_a_message_for_no_node_is_refused(grid: RayGrid, local_grid: LocalGrid) 
         assert one.pull_messages(["unknown"]) == []
 
 
-def test_close_leaves_no_process_and_no_thread(ray_grid: RayGrid) -> None:
-    """Runs last: it closes the grid of this file."""
-    ray_grid.get_node_ids()
+def test_close_ends_what_was_started_and_nothing_else(ray_session: RaySession, grid: RayGrid) -> None:
+    """Runs after all tests that need Ray: it closes the grid of this file, and then Ray."""
+    replies = grid.send_and_receive([_message(node_id) for node_id in grid.get_node_ids()])
     processes = _descendants(os.getpid())
-    assert processes
-    ray_grid.close()
-    assert _alive(processes) == []
-    ray_grid.close()
+    workers = {pid: processes[pid] for pid in (int(r.content["facts"]["pid"]) for r in replies)}
+    grid.close()
+    grid.close()
     with pytest.raises(WorkerError, match="closed"):
-        ray_grid.get_node_ids()
-
-
-def test_a_failing_setup_and_an_unknown_app_are_reported_at_first_use() -> None:
-    with (
-        RayGrid(app=f"{__name__}:toy_app", setup=_broken_set_up, num_workers=1, run_config={}) as grid,
-        pytest.raises(WorkerError, match=r"node 2 could not start: RuntimeError: no table"),
-    ):
-        grid.push_messages([_message(2)])
-
-
-def _broken_set_up(shared: Mapping[str, np.ndarray]) -> None:
-    raise RuntimeError("no table")
+        grid.get_node_ids()
+    _until(lambda: not _alive(workers), "the end of the workers")
+    assert ray_session.ray.is_initialized()
+    ray_session.close()
+    assert _alive(processes) == []
 
 
 @pytest.mark.parametrize("reference", ["toy_app", "no.such.module:app", f"{__name__}:nothing", f"{__name__}:train"])

@@ -1,0 +1,196 @@
+"""Whole runs on real chat data: the same bits for any workers, after kills and resumes; failures cost nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from flwr.app import Context, RecordDict
+from safetensors.numpy import load_file
+
+from clients.app import app as client_app
+from fedlm.config.load import config_to_toml
+from fedlm.config.schema import Config
+from fedlm.errors import ConfigError, DataError, OutputError
+from fedlm.experiment import Experiment
+from server import app as server
+from simulations.grids.inprocess import InProcessGrid
+from simulations.run import resume, simulate
+
+Make = Callable[..., Config]
+DEADLINE_S = 240
+
+
+def final_values(run: Path) -> np.ndarray:
+    newest = max((run / "checkpoints").glob("*.safetensors"))
+    return load_file(newest)["values"]
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    """Metrics without what a clock decides."""
+    return [{k: v for k, v in m.items() if "seconds" not in k} for m in lines(run, "metrics.jsonl")]
+
+
+def quiet(event: dict[str, object]) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def reference(small: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run in one process."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    simulate(small("execution.grid=inprocess"), out, quiet)
+    return out
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3])
+def test_nodes_in_one_process_give_the_same_bits(small: Make, reference: Path, tmp_path: Path, num_nodes: int) -> None:
+    run_config = {"config": config_to_toml(small("execution.grid=inprocess")), "out": str(tmp_path / "run")}
+    with InProcessGrid(client_app, num_nodes=num_nodes, run_config=run_config) as grid:
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+        server.app(grid, context)
+    assert np.array_equal(final_values(tmp_path / "run"), final_values(reference))
+    assert comparable(tmp_path / "run") == comparable(reference)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_workers_give_the_same_bits(small: Make, reference: Path, tmp_path: Path, workers: int) -> None:
+    simulate(small("execution.grid=ray", f"execution.workers={workers}"), tmp_path / "run", quiet)
+    assert np.array_equal(final_values(tmp_path / "run"), final_values(reference))
+    assert comparable(tmp_path / "run") == comparable(reference)
+
+
+def test_a_worker_killed_in_every_round_changes_nothing(small: Make, reference: Path, tmp_path: Path) -> None:
+    killed: set[int] = set()
+
+    def kill(event: dict[str, object]) -> None:
+        if event["event"] == "device_done" and event["round"] not in killed:
+            killed.add(int(str(event["round"])))
+            workers = [p for p in psutil.Process().children(recursive=True) if "ray::" in " ".join(p.cmdline())]
+            workers[len(killed) % len(workers)].kill()
+
+    simulate(small("execution.grid=ray", "execution.workers=2"), tmp_path / "run", kill)
+    assert killed == {1, 2, 3, 4}
+    assert np.array_equal(final_values(tmp_path / "run"), final_values(reference))
+    assert comparable(tmp_path / "run") == comparable(reference)
+    assert any(line["event"] == "worker_lost" for line in lines(tmp_path / "run", "ledger.jsonl"))
+
+
+def command(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedlm.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_round(process: subprocess.Popen[str], run: Path, round_number: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    journal = run / "journal" / f"round_{round_number:06d}.safetensors"
+    while not journal.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("round_number", [1, 2, 4])
+def test_resume_after_kill_9_gives_the_same_bits(
+    small: Make, reference: Path, tmp_path: Path, round_number: int
+) -> None:
+    """Killed right after a release became durable: before and after a checkpoint, and in the last round."""
+    file = tmp_path / "run.toml"
+    file.write_text(config_to_toml(small("execution.grid=inprocess")))
+    process = command("simulate", file, "--out", tmp_path / "run")
+    wait_for_round(process, tmp_path / "run", round_number)
+    process.kill()
+    process.communicate(timeout=30)
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"round": 2, "torn')
+    resume(tmp_path / "run", quiet)
+    assert np.array_equal(final_values(tmp_path / "run"), final_values(reference))
+    drop = {"step_norm"}
+    mine, theirs = ([{k: v for k, v in m.items() if k not in drop} for m in comparable(r)]
+                    for r in (tmp_path / "run", reference))  # fmt: skip
+    assert mine == theirs
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_exit_code_130(small: Make, reference: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(config_to_toml(small("execution.grid=inprocess")))
+    process = command("simulate", file, "--out", tmp_path / "run")
+    wait_for_round(process, tmp_path / "run", 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "fedlm resume" in errors
+    assert lines(tmp_path / "run", "ledger.jsonl")[-1]["status"] == "interrupted"
+    again = command("resume", tmp_path / "run", "--json")
+    output, errors = again.communicate(timeout=DEADLINE_S)
+    assert again.returncode == 0, errors
+    assert json.loads(output)["rounds"] == 4
+    assert np.array_equal(final_values(tmp_path / "run"), final_values(reference))
+
+
+def test_a_broken_device_is_a_zero_contribution_and_a_ledger_line(
+    small: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One user's stored tokens are corrupt: that device fails, the others train, the denominator stays."""
+    cache = tmp_path_factory.mktemp("broken")
+    config = small("execution.grid=inprocess", f"data.cache_dir={cache}", "rounds=2", "privacy.enabled=false")
+    experiment = Experiment.open(config)
+    victim = server.plan_of(experiment).sample_cohort(1)[0]
+    user = int(experiment.fleet[victim])
+    stored = np.load(experiment.store.folder / "offsets.npy")
+    tokens = np.memmap(experiment.store.folder / "tokens.bin", np.int32, "r+")
+    tokens[stored[user] : stored[user + 1]] = 10**6
+    tokens.flush()
+    simulate(config, tmp_path / "run", quiet)
+    ledger = lines(tmp_path / "run", "ledger.jsonl")
+    failure = next(line for line in ledger if line["event"] == "device_failed")
+    assert failure["round"] == 1
+    assert failure["device"] == victim
+    assert "IndexError" in failure["cause"]
+    summary = next(line for line in ledger if line["event"] == "round")
+    assert summary["trained"] == summary["sampled"] - 1
+    assert summary["failed"] == {"IndexError": 1}
+
+
+def test_diverging_devices_release_noise_alone(small: Make, tmp_path: Path) -> None:
+    """Every update is NaN: the round still releases, with nothing but noise in it, and the model stays finite."""
+    simulate(small("execution.grid=inprocess", "local.learning_rate=1e30", "rounds=1"), tmp_path / "run", quiet)
+    line = next(line for line in lines(tmp_path / "run", "ledger.jsonl") if line["event"] == "round")
+    assert line["trained"] == 0
+    assert line["failed"] == {"update not finite": line["sampled"]}
+    assert np.isfinite(final_values(tmp_path / "run")).all()
+
+
+def test_bad_input_is_refused_before_any_work(small: Make, tmp_path: Path, reference: Path) -> None:
+    with pytest.raises(OutputError, match="not an empty folder"):
+        simulate(small(), reference, quiet)
+    with pytest.raises(OutputError, match="is a file"):
+        (tmp_path / "file").write_text("")
+        simulate(small(), tmp_path / "file" / "run", quiet)
+    with pytest.raises(ConfigError, match=r"fleet\.cohort"):
+        simulate(small("fleet.cohort=5000"), tmp_path / "a", quiet)
+    with pytest.raises(DataError, match=r"fleet\.devices is 50000"):
+        simulate(small("fleet.devices=50000"), tmp_path / "b", quiet)
+    with pytest.raises(ConfigError, match="unknown strategy"):
+        simulate(small("strategy.kind=fedavgg"), tmp_path / "c", quiet)
+    with pytest.raises(DataError, match="not a run folder"):
+        resume(tmp_path, quiet)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
