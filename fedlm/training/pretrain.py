@@ -24,6 +24,7 @@ from fedlm.data.batching import Batch, sequences
 from fedlm.data.store import TokenStore, build_store
 from fedlm.data.vocabulary import Vocabulary
 from fedlm.errors import DataError, FedlmError
+from fedlm.losses.full_softmax import log_normaliser
 from fedlm.losses.nce import sampled_softmax_loss
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
@@ -33,6 +34,7 @@ from fedlm.randomness import seed_key, stream
 from fedlm.training.base import save_base
 
 WARM_UP = 0.1  # share of the steps
+CENTRE_TOKENS = 4096
 NORMALISATION = 0.1  # weight of (log Z)^2: NCE on devices takes log Z = 0 for granted
 REPORT_EVERY = 20
 
@@ -60,6 +62,7 @@ def pretrain(config: Config, vocabulary: Vocabulary, listener: Callable[[dict[st
                 f"pretraining is at step {step + 1} of {num_steps} after pretrain.max_seconds = "
                 f"{config.pretrain.max_seconds:.0f} s; raise it, or lower pretrain.epochs or the model's size"
             )
+    trainer.centre(text)
     meta = {"steps": num_steps, "tokens": int(text.mask.sum()), "loss": losses[-1]}
     return save_base(config, weights(model), meta)
 
@@ -142,6 +145,21 @@ class _CentralTrainer:
         for optimiser in self._optimisers:
             optimiser.step()
         return loss.item()
+
+    @torch.no_grad()
+    def centre(self, text: Batch) -> None:
+        """Shift the output bias so that log Z is zero on average; probabilities do not change.
+
+        The penalty sees Z through a sample and so leaves an offset, which the devices' NCE would have to unlearn first.
+        """
+        model = self._model.eval()
+        if model.output_bias is None:
+            return
+        part = slice(0, -(-CENTRE_TOKENS // text.inputs.shape[1]))
+        mask = torch.from_numpy(text.mask[part])  # (B, T)
+        hidden = model.hidden(torch.from_numpy(text.inputs[part]), mask)[mask]  # (N, D)
+        log_z = log_normaliser(hidden, model.output_table, model.output_bias, self._config.loss.chunk)
+        model.output_bias.sub_(log_z.mean())
 
     def _loss(self, batch: Batch, negatives: np.ndarray) -> Tensor:
         model, index = self._model, self._local_index

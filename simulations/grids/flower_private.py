@@ -1,7 +1,7 @@
 """The only module that imports private parts of flwr.
 
-flwr moves its modules with every release; tests/simulations/test_grids.py has a contract test for each part. When
-one fails after an upgrade, this is the file to mend.
+flwr moves its modules with every release; tests/simulations/test_grids_flower.py has a contract test for each part.
+When one fails after an upgrade, this is the file to mend.
 
     TaskIdentity       process-global; `flwr.app.Message(...)` raises without it
     Run                what `Grid.run` returns

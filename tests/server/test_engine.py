@@ -45,6 +45,10 @@ def comparable(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in m.items() if "seconds" not in k} for m in lines(run, "metrics.jsonl")]
 
 
+def is_worker(process: psutil.Process) -> bool:
+    return process.status() != psutil.STATUS_ZOMBIE and any("ray::Worker" in word for word in process.cmdline())
+
+
 def quiet(event: dict[str, object]) -> None:
     pass
 
@@ -80,7 +84,7 @@ def test_a_worker_killed_in_every_round_changes_nothing(small: Make, reference: 
     def kill(event: dict[str, object]) -> None:
         if event["event"] == "device_done" and event["round"] not in killed:
             killed.add(int(str(event["round"])))
-            workers = [p for p in psutil.Process().children(recursive=True) if "ray::" in " ".join(p.cmdline())]
+            workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
             workers[len(killed) % len(workers)].kill()
 
     simulate(small("execution.grid=ray", "execution.workers=2"), tmp_path / "run", kill)
