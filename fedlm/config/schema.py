@@ -92,7 +92,7 @@ class PretrainConfig:
     batch_size: int = option(32, "sequences in a batch", low=1)
     learning_rate: float = option(2e-3, "AdamW, with a linear warm-up and a cosine decay", above=0)
     weight_decay: float = option(0.05, "AdamW, on matrices", low=0)
-    negatives: int = option(2048, "negatives of the sampled softmax, shared by a batch", low=1)
+    negatives: int = option(2048, "negatives of NCE, shared by a batch", low=1)
     max_seconds: float = option(600.0, "give up with an error beyond this", above=0)
 
 

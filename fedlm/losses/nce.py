@@ -8,18 +8,15 @@ negative that equals a token's target stays in: the estimator's expectation incl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import embedding, softplus
 
 
 def nce_loss(
-    hidden: Tensor,
-    targets: Tensor,
-    negatives: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    log_expected: Tensor,
+    hidden: Tensor, targets: Tensor, negatives: Tensor, table: Tensor, bias: Tensor | None, log_expected: Tensor
 ) -> Tensor:
     """Return the mean of -J over tokens.
 
@@ -31,44 +28,37 @@ def nce_loss(
         bias: (L,) or None.
         log_expected: (L,) log(K q) of each row in play.
     """
-    target_rows, negative_rows = table[targets], table[negatives]  # (N, D), (K, D)
-    positive = (hidden * target_rows).sum(-1) - log_expected[targets]  # (N,)
-    negative = hidden @ negative_rows.T - log_expected[negatives]  # (N, K)
-    if bias is not None:
-        positive = positive + bias[targets]
-        negative = negative + bias[negatives]
-    return (softplus(-positive).sum() + softplus(negative).sum()) / max(len(targets), 1)
+    positive, offset = against_noise(hidden, targets, table, bias, log_expected)
+    noise: Tensor = _NoiseTerm.apply(hidden, embedding(negatives, table), offset[negatives])  # type: ignore[no-untyped-call]
+    return (softplus(-positive).sum() + noise) / max(len(targets), 1)
 
 
-def sampled_softmax_loss(
-    hidden: Tensor,
-    targets: Tensor,
-    negatives: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    log_expected: Tensor,
-    *,
-    normalisation: float = 0.0,
-) -> Tensor:
-    """Return the mean cross-entropy against the target and K negatives with the log-q correction.
+def against_noise(
+    hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, log_expected: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return u_y - log(K q_y) of each token (N,), and b_w - log(K q_w) of each row in play (L,)."""
+    offset = -log_expected if bias is None else bias - log_expected  # (L,)
+    # embedding() and not table[targets]: its backward pass adds up rows several times faster.
+    return (hidden * embedding(targets, table)).sum(-1) + offset[targets], offset
 
-    Arguments are those of `nce_loss`. A negative that equals the target is masked for that token. Source: Jean et al.
-    2015, section 3; Bengio and Senecal 2008.
 
-    Arguments:
-        normalisation: Weight of (log Z)^2 with Z as estimated from the sample; it teaches scores to normalise
-            themselves (Devlin et al. 2014, section 2.2), which is where NCE starts from.
-    """
-    target_rows, negative_rows = table[targets], table[negatives]  # (N, D), (K, D)
-    positive = (hidden * target_rows).sum(-1) - log_expected[targets]  # (N,)
-    negative = hidden @ negative_rows.T - log_expected[negatives]  # (N, K)
-    if bias is not None:
-        positive = positive + bias[targets]
-        negative = negative + bias[negatives]
-    hits = targets[:, None] == negatives[None, :]  # (N, K)
-    log_z = torch.logaddexp(positive, torch.logsumexp(negative.masked_fill(hits, -torch.inf), -1))  # (N,)
-    loss = (log_z - positive).sum()
-    if normalisation:
-        # Of the negatives alone: with the target among them the estimate of Z would be biased upwards.
-        loss = loss + normalisation * torch.logsumexp(negative, -1).square().sum()
-    return loss / max(len(targets), 1)
+class _NoiseTerm(torch.autograd.Function):
+    """sum_(n,k) -log s(-x_nk), x = H E^T + c: one (N, K) buffer for scores, softplus and gradient together."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, offset: Tensor) -> Tensor:
+        scores = torch.addmm(offset, hidden, rows.T)  # (N, K)
+        total = softplus(scores).sum()
+        ctx.save_for_backward(hidden, rows, scores.sigmoid_())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        hidden, rows, p = ctx.saved_tensors  # p (N, K): the gradient with respect to the scores
+        need_hidden, need_rows, need_offset = ctx.needs_input_grad
+        return (
+            grad * (p @ rows) if need_hidden else None,
+            grad * (p.T @ hidden) if need_rows else None,
+            grad * p.sum(0) if need_offset else None,
+        )

@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch, local_batches
 from fedlm.losses.full_softmax import full_softmax_loss
-from fedlm.losses.nce import nce_loss, sampled_softmax_loss
+from fedlm.losses.nce import nce_loss
 from fedlm.losses.negatives import NoiseDistribution
+from fedlm.losses.sampled_softmax import sampled_softmax_loss
 from fedlm.randomness import stream
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
@@ -137,7 +139,7 @@ class LocalTrainer:
         targets = index[torch.from_numpy(batch.targets)[counted]]  # (N,)
         if not len(targets):
             return 0.0, 0
-        hidden = model.body(model.embed(tables.input[inputs]), mask)[counted]  # (N, D)
+        hidden = model.body(model.embed(embedding(inputs, tables.input)), mask)[counted]  # (N, D)
         loss = self._loss(hidden, targets, tables, negatives)
         if not loss.requires_grad:
             return float(loss), len(targets)

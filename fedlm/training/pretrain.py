@@ -1,9 +1,9 @@
 """Central training of the public base, on the text of volunteers who publish it or on any other public text.
 
 LoRA adapts a model that already speaks; this is the short warm-up that gives it one. Everything trains: the body with
-AdamW, the tables with sparse Adam on the rows that a step touches, under the sampled softmax, so that no V x D gradient
-exists; a penalty keeps the scores normalised, for the devices' NCE builds on that. There is no privacy here and none is
-needed: the text is public.
+AdamW, the tables with sparse Adam on the rows that a step touches, under NCE, so that no V x D gradient exists and the
+scores come out normalised, as the devices' NCE takes for granted. There is no privacy here and none is needed: the text
+is public.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from fedlm.data.batching import Batch, sequences
 from fedlm.data.store import TokenStore, build_store
 from fedlm.data.vocabulary import Vocabulary
 from fedlm.errors import DataError, FedlmError
-from fedlm.losses.full_softmax import log_normaliser
-from fedlm.losses.nce import sampled_softmax_loss
+from fedlm.losses.nce import nce_loss
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model
@@ -34,8 +33,6 @@ from fedlm.randomness import seed_key, stream
 from fedlm.training.base import save_base
 
 WARM_UP = 0.1  # share of the steps
-CENTRE_TOKENS = 4096
-NORMALISATION = 0.1  # weight of (log Z)^2: NCE on devices takes log Z = 0 for granted
 REPORT_EVERY = 20
 
 
@@ -62,7 +59,6 @@ def pretrain(config: Config, vocabulary: Vocabulary, listener: Callable[[dict[st
                 f"pretraining is at step {step + 1} of {num_steps} after pretrain.max_seconds = "
                 f"{config.pretrain.max_seconds:.0f} s; raise it, or lower pretrain.epochs or the model's size"
             )
-    trainer.centre(text)
     meta = {"steps": num_steps, "tokens": int(text.mask.sum()), "loss": losses[-1]}
     return save_base(config, weights(model), meta)
 
@@ -106,7 +102,7 @@ class _CentralTrainer:
 
     def __init__(self, model: LanguageModel, config: Config, vocabulary: Vocabulary) -> None:
         self._model, self._config = model.train(), config
-        loss = LossConfig(kind="sampled_softmax", negatives=config.pretrain.negatives)
+        loss = LossConfig(negatives=config.pretrain.negatives)
         self._noise = NoiseDistribution(vocabulary.frequencies, loss, np.empty(0, np.int64))
         self._log_expected = torch.from_numpy(self._noise.log_expected)  # (V,)
         self._local_index = torch.zeros(vocabulary.size, dtype=torch.int64)  # (V,) scratch
@@ -146,21 +142,6 @@ class _CentralTrainer:
             optimiser.step()
         return loss.item()
 
-    @torch.no_grad()
-    def centre(self, text: Batch) -> None:
-        """Shift the output bias so that log Z is zero on average; probabilities do not change.
-
-        The penalty sees Z through a sample and so leaves an offset, which the devices' NCE would have to unlearn first.
-        """
-        model = self._model.eval()
-        if model.output_bias is None:
-            return
-        part = slice(0, -(-CENTRE_TOKENS // text.inputs.shape[1]))
-        mask = torch.from_numpy(text.mask[part])  # (B, T)
-        hidden = model.hidden(torch.from_numpy(text.inputs[part]), mask)[mask]  # (N, D)
-        log_z = log_normaliser(hidden, model.output_table, model.output_bias, self._config.loss.chunk)
-        model.output_bias.sub_(log_z.mean())
-
     def _loss(self, batch: Batch, negatives: np.ndarray) -> Tensor:
         model, index = self._model, self._local_index
         ids = torch.from_numpy(np.unique(np.concatenate([batch.inputs.ravel(), batch.targets.ravel(), negatives])))
@@ -169,18 +150,10 @@ class _CentralTrainer:
         table_out = table_in if model.tied else embedding(ids, self._tables[1], sparse=True)  # (L, D)
         bias = None if model.output_bias is None else embedding(ids, self._bias, sparse=True)[:, 0]  # (L,)
         mask = torch.from_numpy(batch.mask)  # (B, T)
-        hidden = model.body(model.embed(table_in[index[torch.from_numpy(batch.inputs)]]), mask)[mask]  # (N, D)
+        hidden = model.body(model.embed(embedding(index[torch.from_numpy(batch.inputs)], table_in)), mask)[mask]  # (N, D)
         targets = index[torch.from_numpy(batch.targets)[mask]]  # (N,)
         local_negatives = index[torch.from_numpy(negatives)]  # (K,)
-        return sampled_softmax_loss(
-            hidden,
-            targets,
-            local_negatives,
-            table_out,
-            bias,
-            self._log_expected[ids],
-            normalisation=NORMALISATION,
-        )
+        return nce_loss(hidden, targets, local_negatives, table_out, bias, self._log_expected[ids])
 
 
 def schedule(step: int, num_steps: int) -> float:

@@ -95,31 +95,34 @@ class RaySession(Generic[T]):
         self._connected = threading.Event()
         self._release = threading.Event()
         self._closed = False
+        self._deadline = time.monotonic() + START_TIMEOUT_S
         self._thread = threading.Thread(target=self._run, name="ray-session", daemon=True)
         self._thread.start()
 
-    def wait(self, timeout_s: float = START_TIMEOUT_S) -> T:
+    def wait(self) -> T:
         """Wait until Ray is there and return what `on_connect` returned.
 
         Raises:
-            WorkerError: It failed, or took longer than `timeout_s`.
+            WorkerError: It failed, or took longer than `START_TIMEOUT_S`.
             ConfigError: From `on_connect`.
         """
         if self._closed:
             raise WorkerError("the grid is closed; open a new one")
-        if not self._connected.wait(timeout_s):
-            raise WorkerError(f"Ray did not start within {timeout_s:g} s; try execution.grid = 'inprocess'")
+        where = f"cluster at {self._address!r}" if self._address else "this machine"
+        if not self._await_connection():
+            raise WorkerError(
+                f"Ray on {where}: not there after {START_TIMEOUT_S:g} s; try execution.grid = 'inprocess'"
+            )
         if isinstance(self._failure, ConfigError):
             raise self._failure
         if self._failure is not None:
-            where = f"cluster at {self._address!r}" if self._address else "this machine"
             raise WorkerError(f"Ray on {where}: {one_line(self._failure)}") from self._failure
         return self._result
 
     def settle(self) -> T | None:
         """Wait until Ray is there or has failed; return what `on_connect` returned if Ray can be used."""
-        self._connected.wait(START_TIMEOUT_S)
-        usable = not self._closed and self._failure is None and self.ray is not None and self.ray.is_initialized()
+        there = self._await_connection() and self.ray is not None and self.ray.is_initialized()
+        usable = there and not self._closed and self._failure is None
         return self._result if usable else None
 
     def close(self) -> None:
@@ -135,6 +138,9 @@ class RaySession(Generic[T]):
         self._release.set()
         self._thread.join(EXIT_TIMEOUT_S)
         _await_exit(processes)
+
+    def _await_connection(self) -> bool:
+        return self._connected.wait(max(0.0, self._deadline - time.monotonic()))
 
     def _run(self) -> None:
         try:

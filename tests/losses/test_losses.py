@@ -12,8 +12,9 @@ from torch import Tensor
 from fedlm.config.schema import LossConfig
 from fedlm.losses.evaluation import score
 from fedlm.losses.full_softmax import full_softmax_loss
-from fedlm.losses.nce import nce_loss, sampled_softmax_loss
+from fedlm.losses.nce import nce_loss
 from fedlm.losses.negatives import NoiseDistribution
+from fedlm.losses.sampled_softmax import sampled_softmax_loss
 
 N, D, V, K = 7, 5, 23, 11
 

@@ -122,7 +122,7 @@ def test_lora_update_equals_pefts_own_training(loss: str, freeze_a: str) -> None
     assert set(trained) == set(trainable.parameters)
     for name, view in trainable.spec.with_rows(np.empty(0, np.int64)).views(result.update).items():
         expected = (trained[name] - before[name]).detach().numpy()
-        np.testing.assert_allclose(view, expected, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(view, expected, rtol=1e-4, atol=3e-7)  # fp32 rounding of values near 1
         assert np.abs(expected).max() > 1e-5
 
 
