@@ -46,6 +46,7 @@ WORKER_ENVIRONMENT = {
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would report lost workers on stdout, which is for results
 }
 
 _QUIET_LOCAL = {

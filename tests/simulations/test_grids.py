@@ -364,7 +364,9 @@ def test_an_exception_of_the_app_is_an_error_reply_and_no_loss(grid: RayGrid, lo
     assert grid.take_events() == []
 
 
-def test_a_killed_worker_answers_what_it_held_with_errors_and_is_replaced(grid: RayGrid, tmp_path: Path) -> None:
+def test_a_killed_worker_answers_what_it_held_with_errors_and_is_replaced(
+    grid: RayGrid, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     lost, other = grid.get_node_ids()
     [before] = grid.send_and_receive([_message(lost)])
     pid = int(before.content["facts"]["pid"])
@@ -389,6 +391,7 @@ def test_a_killed_worker_answers_what_it_held_with_errors_and_is_replaced(grid: 
     events = grid.take_events()
     assert [(e["event"], e["node_id"]) for e in events] == [("worker_lost", lost), ("worker_restarted", lost)]
     assert events[0]["messages"] == 2
+    assert capfd.readouterr().out == ""
 
 
 def _pull(grid: RayGrid, ids: list[str], into: dict[str, Message]) -> dict[str, Message]:
