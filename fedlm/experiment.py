@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlm.config.schema import Config
+from fedlm.config.validate import validate_sizes
 from fedlm.data.store import TokenStore, build_store
 from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
-from fedlm.errors import DataError
+from fedlm.errors import ConfigError, DataError
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS, build_model, empty_model
-from fedlm.models.pretrained import load_pretrained
+from fedlm.models.pretrained import PretrainedSource
 from fedlm.models.weights import set_weights
 from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.training.base import load_base
@@ -26,22 +27,31 @@ Weights = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """The data side of a run, cheap to open on every worker (everything large is memory-mapped)."""
+    """The data side of a run, cheap to open on every worker (everything large is memory-mapped).
+
+    Arguments:
+        config: The experiment.
+        vocabulary: Public words and frequencies.
+        store: The corpus as token ids.
+        pretrained: Somebody else's model, read once for all models of this process; None for a model of ours.
+    """
 
     config: Config
     vocabulary: Vocabulary
     store: TokenStore
+    pretrained: PretrainedSource | None = None
 
     @classmethod
     @lru_cache(maxsize=1)
     def open(cls, config: Config) -> Experiment:
         """Load the vocabulary and open the token store, building and caching what is missing."""
-        if is_pretrained(config):
-            _, tokenizer = load_pretrained(config.model.name)
-            vocabulary = vocabulary_from_tokenizer(tokenizer, config.vocabulary.size)
-        else:
+        if not is_pretrained(config):
             vocabulary = load_vocabulary(config)
-        return cls(config, vocabulary, build_store(config, vocabulary))
+            return cls(config, vocabulary, build_store(config, vocabulary))
+        pretrained = PretrainedSource.read(config.model.name)
+        _check_fit(config, pretrained)
+        vocabulary = vocabulary_from_tokenizer(pretrained.tokenizer, pretrained.vocabulary_size)
+        return cls(config, vocabulary, build_store(config, vocabulary), pretrained)
 
     @property
     def fleet(self) -> npt.NDArray[np.int64]:
@@ -61,8 +71,8 @@ class Experiment:
         Arguments:
             weights: Of the base, when the caller already has them (shared memory); else read from its folder.
         """
-        if is_pretrained(self.config):
-            return load_pretrained(self.config.model.name)[0]
+        if self.pretrained is not None:
+            return self.pretrained.model()
         if self.config.model.base == "random":
             return build_model(self.config, self.vocabulary.frequencies, self.config.seed)
         model = empty_model(self.config, self.vocabulary.size)
@@ -73,10 +83,30 @@ class Experiment:
         """Build the model and what trains in it."""
         return build_trainable(self.model(weights), self.config)
 
+    def check_trainable(self) -> None:
+        """Refuse adapter targets and patterns that the model lacks; needs no base, so it comes before one is trained.
+
+        Raises:
+            ConfigError, DataError: As `build_trainable`.
+        """
+        model = self.pretrained.model() if self.pretrained else empty_model(self.config, self.vocabulary.size)
+        build_trainable(model, self.config)
+
 
 def is_pretrained(config: Config) -> bool:
     """Tell whether the model is somebody else's (a Hugging Face folder or GGUF file), and so its own base."""
     return config.model.name not in OWN_MODELS
+
+
+def _check_fit(config: Config, pretrained: PretrainedSource) -> None:
+    """Refuse what a pretrained model's own sizes rule out; they are known only once it has been read."""
+    validate_sizes(config, pretrained.vocabulary_size, "the model's vocabulary size")
+    length, longest = config.data.sequence_length, pretrained.max_length
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"data.sequence_length = {length} is more than the {longest} positions of {config.model.name!r}; "
+            f"set it to at most {longest}"
+        )
 
 
 def starts_from_base(config: Config) -> bool:

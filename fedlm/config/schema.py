@@ -148,7 +148,10 @@ class LocalConfig:
 
     epochs: int = option(1, "passes over the device's text", low=1)
     batch_size: int = option(16, "sequences in a batch", low=1)
-    learning_rate: float = option(0.5, "SGD", above=0)
+    learning_rate: float = option(3.0, "SGD on everything but embedding rows", above=0)
+    row_learning_rate: float = option(
+        0.2, "SGD on embedding rows; curvature there grows with the hidden state's squared norm, about d_model", above=0
+    )
 
 
 @dataclass(frozen=True)

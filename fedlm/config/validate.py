@@ -32,6 +32,21 @@ def validate(config: Config) -> None:
         raise ConfigError(problem)
 
 
+def validate_sizes(config: Config, size: int, name: str) -> None:
+    """Refuse row sets and negatives that a vocabulary of `size` entries cannot give.
+
+    Arguments:
+        config: The experiment.
+        size: V; of a pretrained model it is known only once the model has been read.
+        name: What the message calls it.
+
+    Raises:
+        ConfigError: The first problem found, with its fix.
+    """
+    for problem in _sizes(config, size, name):
+        raise ConfigError(problem)
+
+
 def problems(config: Config) -> Iterator[str]:
     """Yield every problem of a config, one sentence each."""
     for check in CHECKS:
@@ -111,13 +126,13 @@ def _base(config: Config) -> Iterator[str]:
             "set trainable.dense = ['*'], or model.base = 'pretrain'"
         )
     if model.base == "pretrain" and _own_size(config) and pretrain.negatives >= config.vocabulary.size:
-        yield _too_many_negatives("pretrain.negatives", pretrain.negatives, config.vocabulary.size)
+        yield _too_many_negatives("pretrain.negatives", pretrain.negatives, config.vocabulary.size, "vocabulary.size")
 
 
 def _trainable(config: Config) -> Iterator[str]:
     trainable, model = config.trainable, config.model.name
     rank, targets = trainable.lora.rank, trainable.lora.targets
-    rows, size = trainable.embedding_rows.count, config.vocabulary.size
+    rows = trainable.embedding_rows.count
     if not (rank or trainable.bias or trainable.dense or rows):
         yield (
             "nothing trains: set trainable.lora.rank or trainable.embedding_rows.count above 0, "
@@ -129,14 +144,10 @@ def _trainable(config: Config) -> Iterator[str]:
         if _MODULES_ONLY_OF.get(target, model) != model:
             own = [name for name, owner in _MODULES_ONLY_OF.items() if owner == model]
             yield f"trainable.lora.targets has {target!r}, which the {model} lacks; set it to {own}"
-    if _own_size(config) and rows > size:
-        yield (
-            f"trainable.embedding_rows.count = {rows} is more than vocabulary.size = {size}; set it to at most {size}"
-        )
 
 
 def _loss(config: Config) -> Iterator[str]:
-    loss, rows, size = config.loss, config.trainable.embedding_rows.count, config.vocabulary.size
+    loss, rows = config.loss, config.trainable.embedding_rows.count
     sampled, from_rows = loss.kind != "full_softmax", loss.negatives_from == "rows"
     if from_rows and not sampled:
         yield "loss.negatives_from = 'rows' needs a loss that draws negatives; set loss.kind = 'nce'"
@@ -150,8 +161,19 @@ def _loss(config: Config) -> Iterator[str]:
             f"loss.negatives = {loss.negatives} is more than trainable.embedding_rows.count = {rows}; "
             f"set loss.negatives to at most {rows}"
         )
-    if sampled and _own_size(config) and loss.negatives >= size:
-        yield _too_many_negatives("loss.negatives", loss.negatives, size)
+
+
+def _own_sizes(config: Config) -> Iterator[str]:
+    if _own_size(config):
+        yield from _sizes(config, config.vocabulary.size, "vocabulary.size")
+
+
+def _sizes(config: Config, size: int, name: str) -> Iterator[str]:
+    rows, negatives = config.trainable.embedding_rows.count, config.loss.negatives
+    if rows > size:
+        yield f"trainable.embedding_rows.count = {rows} is more than {name} = {size}; set it to at most {size}"
+    if config.loss.kind != "full_softmax" and negatives >= size:
+        yield _too_many_negatives("loss.negatives", negatives, size, name)
 
 
 def _privacy(config: Config) -> Iterator[str]:
@@ -198,6 +220,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _base,
     _trainable,
     _loss,
+    _own_sizes,
     _privacy,
     _fleet,
 )
@@ -208,9 +231,9 @@ def _own_size(config: Config) -> bool:
     return config.vocabulary.source != "model"
 
 
-def _too_many_negatives(key: str, negatives: int, size: int) -> str:
+def _too_many_negatives(key: str, negatives: int, size: int, name: str) -> str:
     fix = f"set {key} below {size}" + (", or loss.kind = 'full_softmax'" if key == "loss.negatives" else "")
-    return f"{key} = {negatives} is not below vocabulary.size = {size}; {fix}"
+    return f"{key} = {negatives} is not below {name} = {size}; {fix}"
 
 
 def _nearest_divisor(number: int, near: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedlm.errors import DataError
 from fedlm.models.base import LanguageModel
 from fedlm.models.transformer import LONGEST_PLAIN_ATTENTION
+from fedlm.models.weights import Array, set_weights, weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,7 +88,40 @@ class PretrainedModel(LanguageModel):
         return self
 
 
-def load_pretrained(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
+@dataclass(frozen=True, eq=False)
+class PretrainedSource:
+    """A pretrained model that has been read once and makes any number of models, which share its weights.
+
+    Reading a GGUF file takes tens of seconds, making a model from what was read takes none.
+
+    Arguments:
+        architecture: `PretrainedModel.architecture`.
+        weights: Every weight by name; never written into.
+        tokenizer: The model's own.
+        vocabulary_size: V, rows of the embedding table.
+        max_length: Tokens in the longest sequence, or None.
+    """
+
+    architecture: Mapping[str, Any]
+    weights: Mapping[str, Array]
+    tokenizer: Tokenizer
+    vocabulary_size: int
+    max_length: int | None
+
+    @classmethod
+    def read(cls, source: str | Path) -> PretrainedSource:
+        """Read a folder or GGUF file; raises DataError like `load_pretrained`."""
+        model, tokenizer = load_pretrained(source)
+        return cls(model.architecture, weights(model), tokenizer, model.vocabulary_size, model.max_length)
+
+    def model(self) -> LanguageModel:
+        """Return a new model over the shared, frozen weights; `thaw` what trains."""
+        model = empty_pretrained(self.architecture)
+        set_weights(model, self.weights)
+        return model
+
+
+def load_pretrained(source: str | Path) -> tuple[PretrainedModel, Tokenizer]:
     """Load a model and its tokenizer; nothing is fetched from a network.
 
     Arguments:

@@ -1,0 +1,1 @@
+"""What trains in a model, as named blocks of one flat update vector."""

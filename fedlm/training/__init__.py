@@ -1,0 +1,1 @@
+"""One device's local training, and central training of the public base."""

@@ -143,18 +143,18 @@ class LocalTrainer:
         loss = self._loss(hidden, targets, tables, negatives)
         if not loss.requires_grad:
             return float(loss), len(targets)
-        tensors = [*self._trainable.parameters.values(), *tables.leaves()]
-        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-        rate = self._config.local.learning_rate
-        num_dense = len(self._trainable.parameters)
-        with torch.no_grad():
-            for tensor, gradient in zip(tensors[:num_dense], gradients[:num_dense], strict=True):
-                if gradient is not None:
-                    tensor.sub_(gradient, alpha=rate)
-            for tensor, gradient in zip(tensors[num_dense:], gradients[num_dense:], strict=True):
-                if gradient is not None:
-                    tensor[: tables.num_moving].sub_(gradient[: tables.num_moving], alpha=rate)
+        self._descend(loss, tables)
         return float(loss.detach()), len(targets)
+
+    def _descend(self, loss: Tensor, tables: _CompactTables) -> None:
+        local = self._config.local
+        fixed = [(p, p, local.learning_rate) for p in self._trainable.parameters.values()]
+        leaves = fixed + tables.leaves(local.learning_rate, local.row_learning_rate)
+        gradients = torch.autograd.grad(loss, [leaf for leaf, _, _ in leaves], allow_unused=True)
+        with torch.no_grad():
+            for (_, moving, rate), gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    moving.sub_(gradient[: len(moving)], alpha=rate)
 
     def _loss(self, hidden: Tensor, targets: Tensor, tables: _CompactTables, negatives: RowIds | None) -> Tensor:
         config = self._config.loss
@@ -195,9 +195,12 @@ class _CompactTables:
         self.output = self._local.get(OUTPUT_TABLE, self.input)  # (L, D)
         self.bias = self._local.get(OUTPUT_BIAS)  # (L,) or None
 
-    def leaves(self) -> list[Tensor]:
-        """The tables to differentiate."""
-        return list(self._local.values()) if self.num_moving else []
+    def leaves(self, rate: float, row_rate: float) -> list[tuple[Tensor, Tensor, float]]:
+        """Each table to differentiate, the part of it that moves, and its learning rate."""
+        if not self.num_moving:
+            return []
+        rates = {INPUT_TABLE: row_rate, OUTPUT_TABLE: row_rate, OUTPUT_BIAS: rate}
+        return [(t, t.detach()[: self.num_moving], rates[name]) for name, t in self._local.items()]
 
     def moved(self) -> Iterator[tuple[str, Tensor]]:
         """The change of each table's moving rows."""

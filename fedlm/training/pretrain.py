@@ -150,7 +150,9 @@ class _CentralTrainer:
         table_out = table_in if model.tied else embedding(ids, self._tables[1], sparse=True)  # (L, D)
         bias = None if model.output_bias is None else embedding(ids, self._bias, sparse=True)[:, 0]  # (L,)
         mask = torch.from_numpy(batch.mask)  # (B, T)
-        hidden = model.body(model.embed(embedding(index[torch.from_numpy(batch.inputs)], table_in)), mask)[mask]  # (N, D)
+        hidden = model.body(model.embed(embedding(index[torch.from_numpy(batch.inputs)], table_in)), mask)[
+            mask
+        ]  # (N, D)
         targets = index[torch.from_numpy(batch.targets)[mask]]  # (N,)
         local_negatives = index[torch.from_numpy(negatives)]  # (K,)
         return nce_loss(hidden, targets, local_negatives, table_out, bias, self._log_expected[ids])

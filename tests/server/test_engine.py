@@ -186,8 +186,8 @@ def test_diverging_devices_release_noise_alone(small: Make, tmp_path: Path) -> N
 def test_bad_input_is_refused_before_any_work(small: Make, tmp_path: Path, reference: Path) -> None:
     with pytest.raises(OutputError, match="not an empty folder"):
         simulate(small(), reference, quiet)
+    (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        (tmp_path / "file").write_text("")
         simulate(small(), tmp_path / "file" / "run", quiet)
     with pytest.raises(ConfigError, match=r"fleet\.cohort"):
         simulate(small("fleet.cohort=5000"), tmp_path / "a", quiet)

@@ -55,7 +55,12 @@ def flower(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     home.mkdir()
     (home / "config.toml").write_text(HOME.format(port=port))
     # A working copy of the package must be importable by the SuperLink's subprocesses, wherever they start.
-    environment = {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        **QUIET,
+        "FLWR_HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     options = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
     superlink = subprocess.Popen(
         ["flower-superlink", *options, "--log-file", str(tmp_path / "superlink.log")],
@@ -94,7 +99,9 @@ def test_flwr_run_equals_simulate(small: Callable[..., Config], tmp_path: Path, 
     started = flower("run", str(APP), "local", "--run-config", str(run_config), "--format", "json")
     assert started["success"], started
     run_id, deadline = str(started["run-id"]), time.monotonic() + DEADLINE_S
-    while not (status := flower("list", "--run-id", run_id, "--format", "json")["runs"][0]["status"]).startswith("finished"):
+    while not (status := flower("list", "--run-id", run_id, "--format", "json")["runs"][0]["status"]).startswith(
+        "finished"
+    ):
         assert time.monotonic() < deadline, status
         time.sleep(1)
     assert status == "finished:completed", flower("log", run_id, "--show")

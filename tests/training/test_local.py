@@ -28,7 +28,8 @@ FREQUENCIES /= FREQUENCIES.sum()
 TOKENS = np.random.default_rng(0).integers(3, V, 75).astype(np.int32)
 BASE = [
     "vocabulary.size=60", "model.d_model=16", "model.num_layers=2", "model.num_heads=2", "pretrain.negatives=20",
-    "data.sequence_length=12", "local.batch_size=3", "local.learning_rate=0.5", "loss.negatives=20",
+    "data.sequence_length=12", "local.batch_size=3", "local.learning_rate=0.5", "local.row_learning_rate=0.5",
+    "loss.negatives=20",
 ]  # fmt: skip
 
 

@@ -1,0 +1,24 @@
+"""A strategy of one's own: server momentum (FedAvgM, Hsu et al. 2019, arXiv 1909.06335), with fedlm as the only import.
+
+    m <- beta1 m + mean,   w <- w + eta m
+
+`mean` is the clipped, noised mean over the expected cohort: whatever is done with it costs no privacy.
+"""
+
+from __future__ import annotations
+
+from fedlm.strategy import StrategyState, SumStrategy
+from fedlm.trainable.spec import Vector
+
+
+class Momentum(SumStrategy):
+    """Heavy-ball momentum on the noised mean update."""
+
+    slot_names = ("momentum",)  # kept with the model, checkpointed, and gathered for each round's rows
+
+    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
+        """Update the momentum in place and move along it."""
+        momentum = state.slots["momentum"]
+        momentum *= self.config.beta1
+        momentum += mean
+        return values + self.config.learning_rate * momentum, {}
