@@ -15,7 +15,7 @@ import torch
 
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
-from fedlm.experiment import Experiment, Weights
+from fedlm.experiment import Experiment, Weights, starts_from_base
 from fedlm.losses.evaluation import Score, score
 from fedlm.messages import (
     FROM_SCRATCH,
@@ -46,8 +46,10 @@ class DeviceHost:
         self._experiment = Experiment.open(config)
         self._fleet = self._experiment.fleet
         self._trainable = self._experiment.trainable(weights)
-        self._values = self._trainable.initial_values()
-        self._trainable.bind_tables(self._values)
+        # Only a base that this process has mapped for itself is its own to write to, and then page by page.
+        is_own = weights is None and starts_from_base(config)
+        self._blocks = self._trainable.initial_blocks(copy_tables=not is_own)
+        self._trainable.bind_tables(self._blocks)
         self._trainer = LocalTrainer(self._trainable, config, self._experiment.vocabulary.frequencies)
         self._run, self._version = "", 0
 
@@ -59,7 +61,7 @@ class DeviceHost:
             nothing = np.empty(0, np.float64)
             return TrainReply(True, empty, 0, empty, nothing, nothing, empty, [], _peak_mb(), 0.0)
         spec = self._trainable.spec.with_rows(broadcast.row_ids)
-        self._trainer.start_round(spec, self._values)
+        self._trainer.start_round(spec, self._blocks)
         total = Clipper(request.clip_norm).new_sum(spec.size)
         trained: list[tuple[int, float, float]] = []
         failed: dict[int, str] = {}
@@ -92,7 +94,7 @@ class DeviceHost:
         """Score held-out users with the exact full softmax."""
         if not self._apply(broadcast):
             return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0)
-        self._trainable.load({b.name: b.view(self._values) for b in self._trainable.spec.blocks if b.kind != "rows"})
+        self._trainable.load(self._blocks)
         self._trainable.model.eval()
         total = sum((self._score_user(user) for user in request.users.tolist()), Score())
         return EvaluateReply(False, total.nll, total.num_tokens, total.num_bytes, total.log_z, total.log_z_squared)
@@ -106,9 +108,9 @@ class DeviceHost:
         if self._version == broadcast.to_version:
             return True
         if broadcast.from_version == FROM_SCRATCH:
-            self._values[...] = broadcast.patch
+            self._trainable.spec.scatter_blocks(self._blocks, broadcast.patch)
         elif broadcast.from_version == self._version:
-            self._trainable.spec.with_rows(broadcast.patch_rows).scatter(self._values, broadcast.patch)
+            self._trainable.spec.with_rows(broadcast.patch_rows).scatter_blocks(self._blocks, broadcast.patch)
         else:
             return False
         self._version = broadcast.to_version

@@ -15,7 +15,7 @@ and `strategy.kind = "mypkg.strategies:MyStrategy"` in the TOML file.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
@@ -75,7 +75,7 @@ class Strategy(Protocol):
         ...
 
 
-class SumStrategy:
+class SumStrategy(ABC):
     """A strategy that sums the cohort and applies `step` to the noised mean; the base of FedAvg and FedAdam."""
 
     slot_names: tuple[str, ...] = ()

@@ -76,7 +76,13 @@ def strategy_of(config: StrategyConfig) -> Strategy:
     if built_in is None and ":" not in config.kind:
         known = ", ".join(BUILT_IN)
         raise ConfigError(f"unknown strategy.kind {config.kind!r}; choose {known}, or name your own as pkg.mod:Class")
-    strategy = (built_in or load_object(config.kind, "strategy.kind"))(config)
+    kind = built_in or load_object(config.kind, "strategy.kind")
+    try:
+        strategy = kind(config)
+    except TypeError as error:  # another signature, or a SumStrategy without `step`
+        raise ConfigError(
+            f"strategy.kind = {config.kind!r} cannot be made from a StrategyConfig ({error}); see fedlm.strategy"
+        ) from error
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy.kind = {config.kind!r} lacks init, accumulate or finish (fedlm.strategy.Strategy)")
     return strategy
@@ -85,8 +91,10 @@ def strategy_of(config: StrategyConfig) -> Strategy:
 def ensure_base(config: Config, listener: Listener) -> None:
     """Train the public base unless it is in the cache, or the config starts from something else."""
     if starts_from_base(config) and config.model.base == "pretrain" and not has_base(config):
+        experiment = Experiment.open(config)
+        experiment.check_trainable()  # before minutes of pretraining, not after
         listener({"event": "stage", "text": "training the public base (cached for the next run)"})
-        pretrain(config, Experiment.open(config).vocabulary, listener)
+        pretrain(config, experiment.vocabulary, listener)
 
 
 def build_engine(grid: Grid, config: Config, folder: RunFolder | Path) -> Engine:

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from fedlm.config.load import config_hash
 from fedlm.data.batching import evaluation_users
+from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment
 from fedlm.flower_records import Records, from_records, to_records
 from fedlm.losses.evaluation import Score
@@ -83,7 +84,8 @@ class Engine:
         self._bytes_up = self._bytes_down = 0
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._round, self._peak_mb = 0, 0.0
-        self._diagnostics: dict[str, float] = {}
+        self._diagnostics: dict[str, float | None] = {}
+        self._state_is_whole = True
 
     @property
     def state(self) -> StrategyState:
@@ -139,7 +141,8 @@ class Engine:
                 self._plan.check_release(t - 1)
                 self._train_round(t)
         except BaseException as error:
-            self._checkpoint()
+            if self._state_is_whole:  # else the last checkpoint and the journal have all that counts
+                self._checkpoint()
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._folder.ledger(self._end_event(status))
             raise
@@ -150,6 +153,8 @@ class Engine:
         self._round, started = t, time.monotonic()
         cohort, spec = self._plan.sample_cohort(t), self._spec_of(t)
         total, report = self._collect(t, cohort, spec)
+        if warning := report.warning(t):
+            self._listener({"event": "note", "text": warning})
         up, down = self._meter_round(t, cohort, self._rows(t))
         record: dict[str, Any] = {}
 
@@ -174,7 +179,31 @@ class Engine:
     def _step(self, t: int, total: ClippedSum, mean: Callable[[ClippedSum], Vector]) -> None:
         state = replace(self._state, total=None)
         state = self._strategy.accumulate(state, total)
-        self._state, self._diagnostics = self._strategy.finish(state, Release(self._spec_of(t), mean))
+        released: list[Vector] = []
+
+        def noted(total: ClippedSum) -> Vector:
+            released.append(mean(total))
+            return released[-1]
+
+        self._state_is_whole = False  # a strategy may write into the state's arrays
+        self._state, diagnostics = self._strategy.finish(state, Release(self._spec_of(t), noted))
+        self._check_step(t, released=bool(released))
+        self._state_is_whole = True
+        self._diagnostics = {name: json_number(float(value)) for name, value in diagnostics.items()}
+
+    def _check_step(self, t: int, *, released: bool) -> None:
+        """Refuse a step that breaks the contract, before anything is stored: a resumed run would release twice."""
+        state, size = self._state, self._spec.size
+        problem = ""
+        if not released:
+            problem = "without asking for release.mean; call it once"
+        elif state.num_steps != t:
+            problem = f"with num_steps = {state.num_steps}; finish must return num_steps = {t}, one more each round"
+        elif state.values.shape != (size,) or state.values.dtype != np.float32:
+            found = f"{state.values.dtype} {state.values.shape}"
+            problem = f"with values of {found}; finish must return float32 ({size},)"
+        if problem:
+            raise ConfigError(f"strategy.kind = {self._config.strategy.kind!r} finished round {t} {problem}")
 
     def _collect(self, t: int, cohort: RowIds, spec: UpdateSpec) -> tuple[ClippedSum, CohortReport]:
         """Let the nodes train the cohort; returns the exact sum and what the simulation saw."""
@@ -294,7 +323,7 @@ class Engine:
         scores = {
             name: getattr(score, name, None) for name in ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
         }
-        return {**line, **self._diagnostics, **scores}
+        return {**self._diagnostics, **line, **scores}
 
     def _announce(self, t: int, line: dict[str, Any], devices_per_second: float) -> None:
         event = {name: line[name] for name in ("perplexity", "epsilon")}

@@ -11,6 +11,8 @@ import numpy as np
 from fedlm.messages import TrainReply
 from fedlm.privacy.plan import PrivacyPlan
 
+NOT_FINITE = "update not finite"  # what a client reports when an update holds NaN or infinity
+
 
 class CohortReport:
     """Collects the outcome of a cohort's devices.
@@ -38,6 +40,14 @@ class CohortReport:
         """Take in a node's reply."""
         self._seen += zip(reply.devices.tolist(), reply.norms.tolist(), reply.losses.tolist(), strict=True)
         self._failed |= dict(zip(reply.failed.tolist(), reply.causes, strict=True))
+
+    def warning(self, t: int) -> str:
+        """Return what to tell the user when a whole cohort failed; empty otherwise."""
+        if self._seen or not self._failed:
+            return ""
+        cause, count = Counter(self._failed.values()).most_common(1)[0]
+        fix = "; lower local.learning_rate and local.row_learning_rate" if cause == NOT_FINITE else ""
+        return f"round {t}: none of {self.num_sampled} devices trained: {cause} ({count} of them){fix}"
 
     def ledger_lines(self, t: int, bytes_up: int, bytes_down: int, seconds: float) -> list[dict[str, Any]]:
         """Return the round's ledger lines: one for each failed device, one for the round."""

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from fedlm.errors import DataError, OutputError
@@ -61,13 +61,13 @@ class RunFolder:
         check_writable(path)
         folder = cls(path)
         with _explained(path):
-            path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(path).free
+            free = shutil.disk_usage(_nearest(path)).free
             if free < bytes_needed:
                 raise OutputError(
                     f"{path} has {free / 1e6:.0f} MB free, but checkpoints need {bytes_needed / 1e6:.0f} MB; "
                     "free some space or choose another --out"
                 )
+            path.mkdir(parents=True, exist_ok=True)
             folder._checkpoints.mkdir()
             folder._journal.mkdir()
             for name, text in texts.items():
@@ -155,16 +155,21 @@ class RunFolder:
                 file.unlink()
 
     def last_checkpoint(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """Return `(round, arrays, meta)` of the newest whole state, or None before the first."""
+        """Return `(round, arrays, meta)` of the newest whole state, or None before the first.
+
+        Raises:
+            DataError: It is damaged.
+        """
         rounds = self._rounds()
         if not rounds:
             return None
         stem = self._checkpoints / f"round_{rounds[-1]:06d}"
-        return (
-            rounds[-1],
-            load_file(stem.with_suffix(".safetensors")),
-            json.loads(stem.with_suffix(".json").read_text()),
-        )
+        try:
+            arrays = load_file(stem.with_suffix(".safetensors"))
+            return rounds[-1], arrays, json.loads(stem.with_suffix(".json").read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            fix = "delete both and resume from the one before" if len(rounds) > 1 else "the run cannot be resumed"
+            raise DataError(f"checkpoint {stem}.json or .safetensors is damaged ({error}); {fix}") from error
 
     def _release_file(self, round_number: int) -> Path:
         return self._journal / f"round_{round_number:06d}.safetensors"
@@ -186,11 +191,16 @@ def check_writable(path: Path) -> None:
     with _explained(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(f"{path} exists and is not an empty folder; choose another --out or `fedlm resume` it")
-        above = next(p for p in (path, *path.absolute().parents) if p.exists())
+        above = _nearest(path)
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
         with tempfile.TemporaryDirectory(prefix=".fedlm-", dir=above):
             pass
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def write_atomically(file: Path, data: bytes) -> None:

@@ -65,7 +65,7 @@ class VocabularyConfig:
     """The public vocabulary and its public frequencies."""
 
     source: str = option("wordfreq", "wordfreq, a tokenizer.json file, or model (the pretrained model's own)")
-    size: int = option(30_000, "entries, special ones included", low=16, high=2_000_000)
+    size: int = option(100_000, "entries, special ones included", low=16, high=2_000_000)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class ModelConfig:
     """The language model."""
 
     name: str = option("transformer", "transformer, lstm, or a Hugging Face folder or GGUF file")
-    d_model: int = option(192, "width", low=8, high=8192)
-    num_layers: int = option(3, "layers", low=1, high=128)
+    d_model: int = option(128, "width", low=8, high=8192)
+    num_layers: int = option(2, "layers", low=1, high=128)
     num_heads: int = option(4, "attention heads (transformer)", low=1, high=128)
     d_ff: int = option(0, "feed-forward width (transformer); 0: four times d_model", low=0)
     d_hidden: int = option(0, "hidden width (lstm); 0: d_model", low=0)
@@ -88,7 +88,7 @@ class PretrainConfig:
     """Central training of the public base."""
 
     corpus: str = option("public", "public (the volunteers of data.corpus), or a text or users.jsonl[.xz] file")
-    epochs: int = option(4, "passes over the public text", low=1)
+    epochs: int = option(2, "passes over the public text", low=1)
     batch_size: int = option(32, "sequences in a batch", low=1)
     learning_rate: float = option(2e-3, "AdamW, with a linear warm-up and a cosine decay", above=0)
     weight_decay: float = option(0.05, "AdamW, on matrices", low=0)
@@ -114,7 +114,7 @@ class RowsConfig:
         "power", "how each round's public row set is drawn", choices=("uniform", "power", "top_k", "cyclic")
     )
     alpha: float = option(0.5, "power sampler: inclusion probability ~ frequency^alpha", low=0, high=2)
-    count: int = option(3_000, "rows in a round's set; 0: no embedding rows train", low=0)
+    count: int = option(5_000, "rows in a round's set; 0: no embedding rows train", low=0)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class LossConfig:
         "rows: only inside the round's row set, other targets masked",
         choices=("vocabulary", "rows"),
     )
-    chunk: int = option(8192, "vocabulary entries at a time in the full softmax", low=16)
+    chunk: int = option(512, "vocabulary entries at a time in the full softmax; small enough for the cache", low=16)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LocalConfig:
 
     epochs: int = option(1, "passes over the device's text", low=1)
     batch_size: int = option(16, "sequences in a batch", low=1)
-    learning_rate: float = option(3.0, "SGD on everything but embedding rows", above=0)
+    learning_rate: float = option(0.5, "SGD on everything but embedding rows", above=0)
     row_learning_rate: float = option(
         0.2, "SGD on embedding rows; curvature there grows with the hidden state's squared norm, about d_model", above=0
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib import import_module
@@ -91,7 +91,9 @@ def _read_plug_in(config: Config) -> Iterator[UserTexts]:
         function = getattr(import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise DataError(f"corpus plug-in {config.data.corpus!r}: {error}; install it or set PYTHONPATH") from error
-    for item in function(config):
+    if not callable(function) or not isinstance(users := function(config), Iterable):
+        raise DataError(f"corpus plug-in {config.data.corpus!r} is no function that yields UserTexts; write it as one")
+    for item in users:
         if not isinstance(item, UserTexts):
             found = type(item).__name__
             raise DataError(f"corpus plug-in {config.data.corpus!r} yielded {found}; it must yield UserTexts")

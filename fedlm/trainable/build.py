@@ -43,17 +43,33 @@ class Trainable:
     def initial_values(self) -> Vector:
         """Return the full vector (P_full,) of the model as it stands."""
         values = np.empty(self.spec.size, np.float32)
-        tables = {INPUT_TABLE: self.model.input_table, OUTPUT_TABLE: self.model.output_table}
-        if self.model.output_bias is not None:
-            tables[OUTPUT_BIAS] = self.model.output_bias
         for name, view in self.spec.views(values).items():
-            source = self.parameters[name] if name in self.parameters else tables[name]
-            view[...] = source.detach().numpy()
+            view[...] = self._current(name)
         return values
 
-    def bind_tables(self, values: Vector) -> None:
-        """Make the model read its trainable tables straight from a full vector, sharing its memory."""
-        views = {b.name: torch.from_numpy(b.view(values)) for b in self.spec.row_blocks}
+    def initial_blocks(self, *, copy_tables: bool) -> dict[str, Vector]:
+        """Return every block of the full spec as the model stands, writable, for a node that keeps it up to date.
+
+        Arguments:
+            copy_tables: False: the tables are the model's own memory, of which no copy is made; right when nobody
+                else uses it. Mapped from the base's file they cost no memory but for the pages read or written.
+        """
+        row_names = {block.name for block in self.spec.row_blocks}
+        return {
+            block.name: np.array(self._current(block.name), copy=copy_tables or block.name not in row_names or None)
+            for block in self.spec.blocks
+        }
+
+    def _current(self, name: str) -> Vector:
+        model = self.model
+        tables = {INPUT_TABLE: model.input_table, OUTPUT_TABLE: model.output_table, OUTPUT_BIAS: model.output_bias}
+        tensor = self.parameters[name] if name in self.parameters else tables[name]
+        assert tensor is not None, f"{name} is in the spec of a model that lacks it"
+        return tensor.detach().numpy()
+
+    def bind_tables(self, blocks: Mapping[str, Vector]) -> None:
+        """Make the model read its trainable tables straight from these blocks, sharing their memory."""
+        views = {b.name: torch.from_numpy(blocks[b.name]) for b in self.spec.row_blocks}
         if views:
             self.model.set_tables(
                 input_table=views[INPUT_TABLE],

@@ -18,10 +18,11 @@ round's public row set; this is what travels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from types import EllipsisType
 from typing import Literal
 
 import numpy as np
@@ -128,24 +129,21 @@ class UpdateSpec:
     def gather(self, full_vector: Vector) -> Vector:
         """Return this spec's coordinates (P,) out of a vector of the full spec."""
         out = np.empty(self.size, np.float32)
-        for mine, theirs in self._pairs(full_vector):
-            source = theirs if self._whole(mine) else theirs[self.row_ids]
-            mine.view(out)[...] = source
+        sources = (self.full or self).views(full_vector)
+        for block in self.blocks:
+            block.view(out)[...] = sources[block.name][self._place(block)]
         return out
 
     def scatter(self, full_vector: Vector, vector: Vector) -> None:
         """Write this spec's coordinates (P,) into a vector of the full spec, in place; other rows stay untouched."""
-        for mine, theirs in self._pairs(full_vector):
-            if self._whole(mine):
-                theirs[...] = mine.view(vector)
-            else:
-                theirs[self.row_ids] = mine.view(vector)
+        self.scatter_blocks((self.full or self).views(full_vector), vector)
 
-    def _whole(self, block: Block) -> bool:
-        return self.row_ids is None or block.kind != "rows"
+    def scatter_blocks(self, blocks: Mapping[str, Vector], vector: Vector) -> None:
+        """Write this spec's coordinates (P,) into the full spec's blocks by name, wherever each of them lies."""
+        assert vector.shape == (self.size,), f"expected ({self.size},), got {vector.shape}"
+        for block in self.blocks:
+            blocks[block.name][self._place(block)] = block.view(vector)
 
-    def _pairs(self, full_vector: Vector) -> Iterator[tuple[Block, Vector]]:
-        full = self.full or self
-        assert full_vector.shape == (full.size,), f"expected ({full.size},), got {full_vector.shape}"
-        for mine, theirs in zip(self.blocks, full.blocks, strict=True):
-            yield mine, theirs.view(full_vector)
+    def _place(self, block: Block) -> RowIds | EllipsisType:
+        """Where the block's coordinates lie in the full spec's block of this name."""
+        return ... if self.row_ids is None or block.kind != "rows" else self.row_ids

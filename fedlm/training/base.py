@@ -43,7 +43,7 @@ def has_base(config: Config) -> bool:
 
 
 def load_base(config: Config) -> dict[str, npt.NDArray[Any]]:
-    """Return the base's weights, memory-mapped.
+    """Return the base's weights, memory-mapped and private: whoever writes into them changes only what it sees itself.
 
     Raises:
         DataError: The folder holds no base.
@@ -64,6 +64,7 @@ def save_base(config: Config, weights: Mapping[str, npt.NDArray[Any]], meta: Map
     folder = base_folder(config)
     tensors = {name: torch.from_numpy(a).contiguous() for name, a in weights.items()}
     with publish_folder(folder) as building:
-        safetensors.torch.save_file(tensors, building / WEIGHTS)
+        # Not `save_file`: it reports a full disk as an error of its own without a number.
+        (building / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
         (building / META).write_text(json.dumps(meta, indent=2) + "\n")
     return folder

@@ -10,7 +10,7 @@ With the full softmax every word is in play, and the compact table is the whole 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ class LocalTrainer:
     """Trains devices one at a time on a model in this process.
 
     Arguments:
-        trainable: The model and what trains in it; its tables must be bound to the current full vector.
+        trainable: The model and what trains in it; its tables must be bound to the current blocks.
         config: The experiment.
         frequencies: Public word frequencies (V,).
     """
@@ -60,16 +60,15 @@ class LocalTrainer:
         self._frequencies = frequencies
         self._local_index = torch.zeros(trainable.model.vocabulary_size, dtype=torch.int64)  # (V,) scratch
 
-    def start_round(self, spec: UpdateSpec, values: Vector) -> None:
+    def start_round(self, spec: UpdateSpec, blocks: Mapping[str, Vector]) -> None:
         """Prepare for the devices of one round.
 
         Arguments:
             spec: The round's spec.
-            values: (P_full,) current values of everything that trains.
+            blocks: Current values of everything that trains: the blocks of the full spec, by name.
         """
-        full = spec.full or spec
         self._spec = spec
-        self._fixed = {b.name: b.view(values) for b in full.blocks if b.kind != "rows"}
+        self._blocks = blocks
         rows = spec.row_ids
         if rows is None:
             rows = np.arange(self._trainable.model.vocabulary_size if spec.row_blocks else 0)
@@ -101,7 +100,7 @@ class LocalTrainer:
         )
         self._trainable.model.seed_dropout(int(stream(key, "dropout", device).integers(2**63)))
         negatives = self._draw_negatives(len(batches), stream(key, "negatives", device))
-        self._trainable.load(self._fixed)
+        self._trainable.load(self._blocks)
         self._trainable.model.train()
         tables = self._compact_tables(batches, negatives)
         losses, num_tokens = [], 0
@@ -170,7 +169,7 @@ class LocalTrainer:
         update = np.zeros(self._spec.size, np.float32)
         views = self._spec.views(update)
         for name, parameter in self._trainable.parameters.items():
-            np.subtract(parameter.numpy(), self._fixed[name], out=views[name])
+            np.subtract(parameter.numpy(), self._blocks[name], out=views[name])
         slots = self._slot[tables.ids[: tables.num_moving].numpy()]
         for name, moved in tables.moved():
             views[name][slots] = moved.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fedlm.errors import OutputError
@@ -38,7 +39,8 @@ def write_report(run: Path) -> Path:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only folder refuses this too
+            temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path} cannot be written: {error.strerror}; free space or make the folder writable"
         ) from error

@@ -1,0 +1,56 @@
+"""Ctrl-C at the awkward moments: exit code 130, one line, no half-written file, no process left."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_fedlm import Done, command, environment, one_line
+
+
+def interrupt_at(words: list[str], folder: Path, mark: str) -> Done:
+    """Run a command, press Ctrl-C once its progress says `mark`, and wait until it and its children are gone."""
+    error = folder / "error.txt"
+    with error.open("w") as stream, subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=stream, cwd=folder, env=environment(), text=True
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while mark not in error.read_text():
+            assert process.poll() is None, error.read_text()
+            assert time.monotonic() < deadline, error.read_text()
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    gone, alive = psutil.wait_procs(children, timeout=90)
+    assert alive == [], f"{len(gone)} ended"
+    lines = [line for line in error.read_text().splitlines(keepends=True) if line.startswith("fedlm: error")]
+    assert error.read_text().endswith(lines[-1])
+    assert "Traceback" not in error.read_text()
+    return Done(process.returncode, out, lines[-1], folder / "run")
+
+
+def test_during_pretraining(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    words = ["simulate", str(tiny), "--out", "run", "--set", f"data.cache_dir={cache}", "--set", "pretrain.epochs=200"]
+    done = interrupt_at(words, tmp_path, "pretraining")
+    one_line(done, 130, "interrupted")
+    assert not done.folder.exists()
+    assert list((cache / "bases").iterdir() if (cache / "bases").exists() else []) == []
+
+
+@pytest.mark.parametrize("mark", ["opening", "round 1/"])
+def test_with_ray(tiny: Path, tmp_path: Path, mark: str) -> None:
+    words = ["simulate", str(tiny), "--out", "run", "--set", "execution.grid=ray", "--set", "execution.workers=1"]
+    done = interrupt_at([*words, "--set", "rounds=2000", "--set", "execution.eval_every=0"], tmp_path, mark)
+    assert done.code == 130
+    if mark == "opening":  # before the run folder exists there is nothing to resume
+        one_line(done, 130, "interrupted")
+    else:
+        one_line(done, 130, "continue with `fedlm resume run`")
+        assert done.lines("ledger.jsonl")[-1]["status"] == "interrupted"
+        assert not list(done.folder.rglob("*.tmp"))

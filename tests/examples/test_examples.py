@@ -1,0 +1,40 @@
+"""Every example is short and runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SMALL = [
+    "rounds=2", "vocabulary.size=2000", "model.d_model=32", "model.num_layers=1", "model.num_heads=2",
+    "data.max_tokens_per_user=100", "data.max_eval_tokens=1000", "pretrain.epochs=1", "pretrain.negatives=200",
+    "trainable.embedding_rows.count=200", "loss.negatives=64", "fleet.cohort=5", "execution.grid=inprocess",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", sorted(EXAMPLES.rglob("*.py")), ids=lambda p: p.name)
+def test_examples_are_short(source: Path) -> None:
+    assert source.read_text().count("\n") < 100
+
+
+def test_a_strategy_of_ones_own(tmp_path: Path) -> None:
+    sets = [word for override in (*SMALL, f"data.cache_dir={tmp_path}") for word in ("--set", override)]
+    command = [sys.executable, "-m", "fedlm.cli", "simulate", str(EXAMPLES / "own_strategy" / "run.toml")]
+    done = subprocess.run(
+        [*command, *sets, "--out", str(tmp_path / "run"), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES / "own_strategy"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 2
+    meta = json.loads((tmp_path / "run" / "checkpoints" / "round_000002.json").read_text())
+    assert meta["num_steps"] == 2
