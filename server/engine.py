@@ -9,7 +9,9 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -86,6 +88,7 @@ class Engine:
         self._round, self._peak_mb = 0, 0.0
         self._diagnostics: dict[str, float | None] = {}
         self._state_is_whole = True
+        self._rows = lru_cache(maxsize=4)(self._draw_rows)  # of round t, wanted several times a round
 
     @property
     def state(self) -> StrategyState:
@@ -152,7 +155,9 @@ class Engine:
     def _train_round(self, t: int) -> None:
         self._round, started = t, time.monotonic()
         cohort, spec = self._plan.sample_cohort(t), self._spec_of(t)
-        total, report = self._collect(t, cohort, spec)
+        with ThreadPoolExecutor(1) as side:
+            side.submit(self._plan.epsilon, t)  # cached for the metrics: the accountant works while the nodes train
+            total, report = self._collect(t, cohort, spec)
         if warning := report.warning(t):
             self._listener({"event": "note", "text": warning})
         up, down = self._meter_round(t, cohort, self._rows(t))
@@ -274,7 +279,7 @@ class Engine:
         every = self._config.execution.eval_every
         return t in (0, self._config.rounds) or (every > 0 and t % every == 0)
 
-    def _rows(self, t: int) -> RowIds:
+    def _draw_rows(self, t: int) -> RowIds:
         rows = self._config.trainable.embedding_rows
         return row_set(rows, self._experiment.vocabulary.frequencies, seed=self._config.seed, round_number=t)
 

@@ -149,7 +149,7 @@ class RunFolder:
         for old in self._rounds()[:-KEEP_CHECKPOINTS]:
             for suffix in (".json", ".safetensors"):
                 (self._checkpoints / f"round_{old:06d}{suffix}").unlink(missing_ok=True)
-        oldest = self._rounds()[0]
+        oldest = min(self._rounds()[0], round_number - 1)  # this round's record is needed until its lines are written
         for file in self._journal.glob("round_*.safetensors"):
             if int(file.stem.removeprefix("round_")) <= oldest:
                 file.unlink()

@@ -1,4 +1,4 @@
-"""What survives in a run folder: journal and checkpoints overlap, torn lines are dropped, writes are whole or absent."""
+"""What survives in a run folder: journal and checkpoints overlap, torn lines are dropped, writes are all or nothing."""
 
 from __future__ import annotations
 
