@@ -1,8 +1,9 @@
 """What one local step costs a device, by loss and by what trains: peak memory and time.
 
 Every variant runs in a fresh process with one thread, on the same text and the same base, and takes the product's own
-path: the base is mapped from its file, the last round's patch is applied, `LocalTrainer` trains, the update is clipped.
-`plain` is the same full training written out in ordinary PyTorch, so that nothing is compared with our own code alone.
+path: the base is mapped from its file, the patches of earlier rounds are applied, `LocalTrainer` trains, the update is
+clipped. One variant is the full training written out in ordinary PyTorch, so that we are not compared with our own code
+alone. Large temporaries go back to the system at once (MALLOC_MMAP_THRESHOLD_, unless it is set), as on a small device.
 
     python -m benchmarks.device_step
 """
@@ -70,8 +71,7 @@ def main() -> None:
     """Measure every variant in interleaved repetitions and print medians."""
     arguments = _parser().parse_args()
     if arguments.measure:
-        found = measure(arguments.measure, Path(arguments.folder), arguments.vocabulary, arguments.steps)
-        print(json.dumps(found))
+        print(json.dumps(measure(arguments.measure, arguments)))
         return
     result: dict[str, Any] = {"machine": machine(), "vocabulary": arguments.vocabulary, "variants": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,26 +108,27 @@ def variant_config(name: str, folder: Path, vocabulary_size: int, *others: str) 
     return load_config(None, [*overrides, *(text.format(**counts) for text in VARIANTS[name]), *others])
 
 
-def measure(name: str, folder: Path, vocabulary_size: int, steps: int) -> dict[str, float]:
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure one variant in this process, which does nothing else."""
     torch.set_num_threads(1)
+    folder, vocabulary_size = Path(arguments.folder), arguments.vocabulary
     tokens, frequencies = np.load(folder / "tokens.npy"), np.load(folder / "frequencies.npy")
     config = variant_config(name, folder, vocabulary_size)
     new_device = PlainDevice if name == PLAIN else Device
     _warm_up(partial(variant_config, name, folder), new_device)
     gc.collect()
     reset_peak()
-    baseline_mb = status_mb("VmRSS")
+    baseline_mb, baseline_file_mb = status_mb("VmRSS"), status_mb("RssFile")
     model = empty_model(config, vocabulary_size)
     set_weights(model, load_base(config))
-    device = new_device(model, config, frequencies)
+    device = new_device(model, config, frequencies, arguments.patches)
     update = device.step(tokens)
-    found = {"baseline_mb": baseline_mb, "peak_mb": status_mb("VmHWM"), "file_mb": status_mb("RssFile")}
-    found["update_mb"] = update.nbytes / 1e6
+    found = {"baseline_mb": baseline_mb, "update_mb": update.nbytes / 1e6, "peak_mb": status_mb("VmHWM") - baseline_mb}
+    found["file_mb"] = status_mb("RssFile") - baseline_file_mb
     device.clip(update)
-    found["clipped_peak_mb"] = status_mb("VmHWM")
+    found["clipped_peak_mb"] = status_mb("VmHWM") - baseline_mb
     del update
-    return found | {"step_ms": 1e3 * median(_seconds(device, tokens) for _ in range(steps))}
+    return found | {"step_ms": 1e3 * median(_seconds(device, tokens) for _ in range(arguments.steps))}
 
 
 def _warm_up(config: Callable[..., Config], new_device: type[Device]) -> None:
@@ -135,7 +136,7 @@ def _warm_up(config: Callable[..., Config], new_device: type[Device]) -> None:
     size = 64
     tiny = config(size, "model.d_model=16", "model.num_layers=1", "loss.negatives=16")
     frequencies = np.full(size, 1 / size)
-    device = new_device(build_model(tiny, frequencies, 1), tiny, frequencies)
+    device = new_device(build_model(tiny, frequencies, 1), tiny, frequencies, 1)
     device.clip(device.step(np.arange(BATCH * LENGTH + 1, dtype=np.int32) % size))
 
 
@@ -146,23 +147,24 @@ def _seconds(device: Device, tokens: np.ndarray) -> float:
 
 
 class Device:
-    """What `clients.host.DeviceHost` keeps and does, for one device in round 2.
+    """What `clients.host.DeviceHost` keeps and does, for one device.
 
     Arguments:
         model: Mapped from the base's file.
         config: The variant.
         frequencies: Public word frequencies (V,).
+        num_patches: Rounds before this one, whose changes the device has received.
     """
 
-    def __init__(self, model: LanguageModel, config: Config, frequencies: np.ndarray) -> None:
+    def __init__(self, model: LanguageModel, config: Config, frequencies: np.ndarray, num_patches: int) -> None:
         rows = partial(row_set, config.trainable.embedding_rows, frequencies, seed=config.seed)
         trainable = build_trainable(model, config)
         blocks = trainable.initial_blocks(copy_tables=False)
         trainable.bind_tables(blocks)
-        _receive_patch(trainable.spec.with_rows(rows(round_number=1)), blocks)
-        self._spec = trainable.spec.with_rows(rows(round_number=2))
+        for t in range(1, num_patches + 1):
+            _receive_patch(trainable.spec.with_rows(rows(round_number=t)), blocks)
         self._trainer = LocalTrainer(trainable, config, frequencies)
-        self._trainer.start_round(self._spec, blocks)
+        self._trainer.start_round(trainable.spec.with_rows(rows(round_number=num_patches + 1)), blocks)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Train on one batch and return the update (P,)."""
@@ -182,7 +184,7 @@ def _receive_patch(spec: UpdateSpec, blocks: dict[str, np.ndarray]) -> None:
 class PlainDevice(Device):
     """The full training in ordinary PyTorch: every weight a parameter, all scores at once, torch's own SGD."""
 
-    def __init__(self, model: LanguageModel, config: Config, frequencies: np.ndarray) -> None:
+    def __init__(self, model: LanguageModel, config: Config, frequencies: np.ndarray, num_patches: int) -> None:
         assert model.output_bias is not None
         self._model, self._config = model, config
         self._table, self._bias = nn.Parameter(model.input_table), nn.Parameter(model.output_bias)
@@ -206,8 +208,9 @@ class PlainDevice(Device):
 
 def _in_fresh_process(name: str, folder: str, arguments: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.device_step", "--measure", name, "--folder", folder]
-    options = ["--vocabulary", str(arguments.vocabulary), "--steps", str(arguments.steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    numbers = {"--vocabulary": arguments.vocabulary, "--steps": arguments.steps, "--patches": arguments.patches}
+    options = [str(word) for pair in numbers.items() for word in pair]
+    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run([*command, *options], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
@@ -217,31 +220,23 @@ def _table(result: dict[str, Any]) -> str:
     """Return the figures as text; shares are of the full training, memory above the loaded libraries."""
     variants = result["variants"]
     base_mb = median(found["baseline_mb"] for found in variants.values())
-    reference = _figures(variants[REFERENCE])
+    reference = variants[REFERENCE]
     lines = [
         f"A step of {BATCH} x {LENGTH} tokens, d_model 256, 4 layers, vocabulary {result['vocabulary']:,}, one thread",
         result["machine"],
-        f"Memory: above the {base_mb:.0f} MB of Python with its libraries; file: pages of files in it, which cost no RAM.",
+        f"Peak memory above the {base_mb:.0f} MB of Python and its libraries, in MB; file: pages of files in it,",
+        "which the system can drop; clipped: with the clipped sum; share: of the first line",
         "",
-        f"{'':28}{'update':>9}{'peak':>9}{'share':>7}{'file':>8}{'clipped':>9}{'share':>7}{'step':>9}{'share':>7}",
+        f"{'':28}{'update':>8}{'peak':>7}{'share':>7}{'file':>6}{'clipped':>9}{'share':>7}{'step':>9}{'share':>7}",
     ]
     for name, found in variants.items():
-        peak, clipped, step = _figures(found)
-        shares = [f"{mine / theirs:.2f}" for mine, theirs in zip((peak, clipped, step), reference, strict=True)]
+        fields = ("peak_mb", "clipped_peak_mb", "step_ms")
+        peak, clipped, step = (f"{found[field] / reference[field]:.3f}" for field in fields)
         lines.append(
-            f"{name:28}{found['update_mb']:6.1f} MB{peak:6.0f} MB{shares[0]:>7}{found['file_mb']:5.0f} MB"
-            f"{clipped:6.0f} MB{shares[1]:>7}{step:6.0f} ms{shares[2]:>7}"
+            f"{name:28}{found['update_mb']:8.1f}{found['peak_mb']:7.0f}{peak:>7}{found['file_mb']:6.0f}"
+            f"{found['clipped_peak_mb']:9.0f}{clipped:>7}{found['step_ms']:6.0f} ms{step:>7}"
         )
     return "\n".join(lines)
-
-
-def _figures(found: dict[str, float]) -> tuple[float, float, float]:
-    """Return peak memory of training and with clipping, above the libraries, in MB, and a step's ms."""
-    return (
-        found["peak_mb"] - found["baseline_mb"],
-        found["clipped_peak_mb"] - found["baseline_mb"],
-        found["step_ms"],
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, default=100_000, help="entries, V")
     parser.add_argument("--repeats", type=int, default=5, help="fresh processes for each variant")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in each process")
+    parser.add_argument("--patches", type=int, default=1, help="earlier rounds whose changes the device has received")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

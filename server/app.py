@@ -11,11 +11,13 @@ from flwr.serverapp import Grid, ServerApp
 from fedlm.config.load import config_from_toml, config_to_toml
 from fedlm.config.schema import Config, StrategyConfig
 from fedlm.errors import ConfigError
-from fedlm.experiment import Experiment, starts_from_base
+from fedlm.experiment import Experiment, is_pretrained, starts_from_base
 from fedlm.plugins import load_object
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.strategy import Strategy
-from fedlm.training.base import has_base
+from fedlm.trainable.adapters import save_adapter
+from fedlm.trainable.build import Trainable
+from fedlm.training.base import base_folder, has_base
 from fedlm.training.pretrain import pretrain
 from server.engine import Engine, Listener
 from server.run_folder import CONFIG, PLAN, RunFolder
@@ -39,14 +41,33 @@ def main(grid: Grid, context: Context) -> None:
     """
     config = config_from_toml(str(context.run_config["config"]))
     out = Path(str(context.run_config.get("out", "")) or default_run_path())
-    if context.run_config.get("resume", False):
-        engine = build_engine(grid, config, RunFolder.open(out))
-        engine.resume()
+    if resumes := bool(context.run_config.get("resume", False)):
+        folder = RunFolder.open(out)
     else:
         ensure_base(config, _listener)
-        engine = build_engine(grid, config, out)
+    experiment = Experiment.open(config)
+    trainable = experiment.trainable()
+    if not resumes:
+        folder = new_folder(out, experiment, trainable)
+    engine = Engine(
+        grid,
+        experiment,
+        plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed),
+        strategy=strategy_of(config.strategy),
+        spec=trainable.spec,
+        values=trainable.initial_values(),
+        folder=folder,
+        listener=_listener,
+    )
+    if resumes:
+        engine.resume()
+    else:
         engine.start()
     engine.run()
+    if config.trainable.lora.rank:
+        blocks = trainable.spec.views(engine.state.values)
+        base = config.model.name if is_pretrained(config) else str(base_folder(config))
+        save_adapter(trainable.model, blocks, config.trainable.lora, out / "adapter", base=base)
 
 
 def default_run_path() -> Path:
@@ -97,23 +118,8 @@ def ensure_base(config: Config, listener: Listener) -> None:
         pretrain(config, experiment.vocabulary, listener)
 
 
-def build_engine(grid: Grid, config: Config, folder: RunFolder | Path) -> Engine:
-    """Put an engine together; a path makes a new run folder, which is the last thing that can fail."""
-    experiment = Experiment.open(config)
-    strategy, trainable = strategy_of(config.strategy), experiment.trainable()
-    if isinstance(folder, Path):
-        plan = plan_of(experiment)
-        texts = {CONFIG: config_to_toml(config), PLAN: plan.to_json()}
-        folder = RunFolder.create(folder, texts, bytes_needed=16 * trainable.spec.num_bytes)
-    else:
-        plan = PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed)
-    return Engine(
-        grid,
-        experiment,
-        plan=plan,
-        strategy=strategy,
-        spec=trainable.spec,
-        values=trainable.initial_values(),
-        folder=folder,
-        listener=_listener,
-    )
+def new_folder(path: Path, experiment: Experiment, trainable: Trainable) -> RunFolder:
+    """Make the run folder: the last thing that can fail before the first round."""
+    strategy_of(experiment.config.strategy)
+    texts = {CONFIG: config_to_toml(experiment.config), PLAN: plan_of(experiment).to_json()}
+    return RunFolder.create(path, texts, bytes_needed=16 * trainable.spec.num_bytes)

@@ -6,6 +6,7 @@
     ledger.jsonl       bytes, seconds, failures by cause, privacy events
     journal/           the released mean of each round since the last checkpoint
     checkpoints/       whole states: a safetensors file and a readable meta file
+    adapter/           at the end: the LoRA adapter as a peft folder
     report.html
 
 The journal is a write-ahead log: a round's release is on disk before anything is computed from it or sent, so a round

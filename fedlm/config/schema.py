@@ -104,6 +104,7 @@ class LoraConfig:
     alpha: float = option(16.0, "the product is scaled by alpha / rank", above=0)
     targets: tuple[str, ...] = option(("attention", "mlp"), "attention, mlp, recurrent, or names of linear modules")
     freeze_a: bool = option(False, "FFA-LoRA: only B trains and travels")
+    adapter: str = option("", "start from this peft adapter folder; empty: A random, B zero")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from hashlib import blake2b
-from importlib import import_module
 from pathlib import Path
 
 from fedlm.config.schema import Config
@@ -21,6 +20,7 @@ from fedlm.data.hugging_face import read_hugging_face
 from fedlm.data.text_files import is_users_file, read_plain_text, read_users_file
 from fedlm.data.users import UserTexts as UserTexts
 from fedlm.errors import DataError
+from fedlm.plugins import load_object
 
 _PLUG_IN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -86,11 +86,7 @@ def _is_plug_in(corpus: str) -> bool:
 
 def _read_plug_in(config: Config) -> Iterator[UserTexts]:
     """Import and call `pkg.mod:function`, and check what it yields."""
-    module_name, _, function_name = config.data.corpus.partition(":")
-    try:
-        function = getattr(import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"corpus plug-in {config.data.corpus!r}: {error}; install it or set PYTHONPATH") from error
+    function = load_object(config.data.corpus, "data.corpus")
     if not callable(function) or not isinstance(users := function(config), Iterable):
         raise DataError(f"corpus plug-in {config.data.corpus!r} is no function that yields UserTexts; write it as one")
     for item in users:

@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fedlm.errors import ConfigError
 from fedlm.models.base import LanguageModel
 from fedlm.models.weights import thaw
 from fedlm.randomness import seed_key, stream
+from fedlm.trainable.adapters import inject_adapter, load_adapter
 from fedlm.trainable.spec import BlockKind, UpdateSpec, Vector
 
 INPUT_TABLE, OUTPUT_TABLE, OUTPUT_BIAS = "input_table", "output_table", "output_bias"
@@ -96,7 +98,7 @@ def build_trainable(model: LanguageModel, config: Config) -> Trainable:
         kinds |= dict.fromkeys((n for n in body if n.rpartition(".")[2] == "bias"), "bias")
     originals = {id(p): name for name, p in body.items()}
     if config.trainable.lora.rank:
-        _inject_lora(model, config.trainable.lora, config.seed)
+        _start_adapter(model, config.trainable.lora, config.seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     parameters: dict[str, nn.Parameter] = {}
@@ -141,19 +143,15 @@ def _lora_kind(name: str, freeze_a: bool) -> BlockKind | None:
     return "lora_b" if ".lora_B." in name else None
 
 
-def _inject_lora(model: LanguageModel, config: LoraConfig, seed: int) -> None:
-    """Let peft wrap the target modules, then draw A from the experiment's own stream instead of torch's global one."""
-    import peft
-
-    adapter = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # declared int, but only ever divided by the rank
-        target_modules=model.named_linear_targets(config.targets),
-    )
-    peft.inject_adapter_in_model(adapter, model)
+def _start_adapter(model: LanguageModel, config: LoraConfig, seed: int) -> None:
+    """Inject adapters; draw A from the experiment's own stream instead of torch's global one, or load both factors."""
+    inject_adapter(model, config)
+    if config.adapter:
+        return load_adapter(model, Path(config.adapter))
     key = seed_key(seed)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             bound = 1 / math.sqrt(parameter.shape[1])  # peft's kaiming_uniform with a = sqrt(5)
             draw = stream(key, f"lora/{name}").uniform(-bound, bound, tuple(parameter.shape))
             parameter.data.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return None

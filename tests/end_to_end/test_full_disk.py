@@ -53,10 +53,10 @@ def test_a_full_cache_is_one_line(fedlm: Fedlm, disk: Mount, tiny: Path) -> None
 
 def test_a_disk_that_fills_up_loses_nothing(fedlm: Fedlm, disk: Mount, tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "long.toml"
-    long = "rounds = 80\n" + tiny.read_text().replace("rounds = 2", "", 1)
+    long = "rounds = 30\n" + tiny.read_text().replace("rounds = 2", "", 1)
     config.write_text(long + "eval_every = 0\ncheckpoint_every = 1000\n")  # the last section is [execution]
-    settings = ["--set", "privacy.reproducible_noise=true"]
-    folder = disk("size=4700k")  # checkpoints fit; the journal of 80 rounds does not
+    settings = ["--set", "privacy.reproducible_noise=true", "--set", "trainable.embedding_rows.count=1800"]
+    folder = disk("size=4700k")  # checkpoints fit; the journal of 30 rounds, 245 kB each, does not
     stopped = fedlm("simulate", config, *settings, "--out", folder / "run", "--quiet")
     one_line(stopped, 1, "the disk is full", "free some space, then `fedlm resume` this run")
     assert not list((folder / "run").rglob("*.tmp"))
