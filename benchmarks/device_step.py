@@ -3,7 +3,8 @@
 Every variant runs in a fresh process with one thread, on the same text and the same base, and takes the product's own
 path: the base is mapped from its file, the patches of earlier rounds are applied, `LocalTrainer` trains, the update is
 clipped. One variant is the full training written out in ordinary PyTorch, so that we are not compared with our own code
-alone. Large temporaries go back to the system at once (MALLOC_MMAP_THRESHOLD_, unless it is set), as on a small device.
+alone. As a small device should, processes give blocks of 1 MiB and more back to the system at once (glibc's
+MALLOC_MMAP_THRESHOLD_, unless it is set). Times are processor time, so that a busy machine distorts them little.
 
     python -m benchmarks.device_step
 """
@@ -43,7 +44,7 @@ from fedlm.randomness import round_key, stream
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import UpdateSpec
-from fedlm.training.base import load_base, save_base
+from fedlm.training.base import WEIGHTS, load_base, save_base
 from fedlm.training.local import LocalTrainer
 
 BATCH, LENGTH = 16, 32
@@ -141,9 +142,9 @@ def _warm_up(config: Callable[..., Config], new_device: type[Device]) -> None:
 
 
 def _seconds(device: Device, tokens: np.ndarray) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     device.step(tokens)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 class Device:
@@ -210,10 +211,18 @@ def _in_fresh_process(name: str, folder: str, arguments: argparse.Namespace) -> 
     command = [sys.executable, "-m", "benchmarks.device_step", "--measure", name, "--folder", folder]
     numbers = {"--vocabulary": arguments.vocabulary, "--steps": arguments.steps, "--patches": arguments.patches}
     options = [str(word) for pair in numbers.items() for word in pair]
-    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(2**20), **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    _drop_from_page_cache(Path(folder) / "base" / WEIGHTS)
     done = subprocess.run([*command, *options], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
+
+
+def _drop_from_page_cache(file: Path) -> None:
+    """Let the next process read the file from storage: right after writing, Linux maps it in pieces of any size."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _table(result: dict[str, Any]) -> str:

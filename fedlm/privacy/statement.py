@@ -79,7 +79,8 @@ def _up(value: float) -> str:
     if value == 0:
         return "0"
     step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / step) * step:.4g}"
+    rounded = math.ceil(value / step) * step
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.4g}"
 
 
 def _finite(value: float) -> float | None:

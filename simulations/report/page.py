@@ -105,7 +105,7 @@ def _tiles(record: RunRecord, summary: RunSummary) -> Markup:
         _tile(
             "peak device memory",
             f"{figure(peak, 3)} MB" if peak is not None else figure(None),
-            "training one device",
+            "process and libraries included",
         ),
         _tile("devices per second", figure(summary.devices_per_second, 3), "training only, without evaluation"),
         _tile("time", duration(summary.seconds), count(summary.rounds, "round")),

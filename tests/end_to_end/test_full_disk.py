@@ -51,19 +51,20 @@ def test_a_full_cache_is_one_line(fedlm: Fedlm, disk: Mount, tiny: Path) -> None
     one_line(fedlm(*words), 1, "Read-only file system", "set data.cache_dir")
 
 
-def test_a_disk_that_fills_up_loses_nothing(fedlm: Fedlm, disk: Mount, tiny: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_loses_nothing(fedlm: Fedlm, here: Fedlm, disk: Mount, tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "long.toml"
     long = "rounds = 30\n" + tiny.read_text().replace("rounds = 2", "", 1)
     config.write_text(long + "eval_every = 0\ncheckpoint_every = 1000\n")  # the last section is [execution]
-    settings = ["--set", "privacy.reproducible_noise=true", "--set", "trainable.embedding_rows.count=1800"]
+    settings = ["privacy.reproducible_noise=true", "trainable.embedding_rows.count=1800"]
+    words = [word for setting in settings for word in ("--set", setting)]
     folder = disk("size=4700k")  # checkpoints fit; the journal of 30 rounds, 245 kB each, does not
-    stopped = fedlm("simulate", config, *settings, "--out", folder / "run", "--quiet")
+    stopped = fedlm("simulate", config, *words, "--out", folder / "run", "--quiet")
     one_line(stopped, 1, "the disk is full", "free some space, then `fedlm resume` this run")
     assert not list((folder / "run").rglob("*.tmp"))
     one_line(fedlm("resume", folder / "run", "--quiet"), 1, "the disk is full")
     disk("size=40m")
     resumed = fedlm("resume", folder / "run", "--json", "--quiet").summary
-    whole = fedlm("simulate", config, *settings, "--out", "run", "--json", "--quiet").summary
+    whole = here(*settings, config=config).summary
     for figure in ("rounds", "perplexity", "devices_trained", "epsilon", "bytes_up_per_device"):
         assert resumed[figure] == whole[figure], figure
     disk("size=40m,ro")

