@@ -10,6 +10,7 @@ from flwr.app import Context, RecordDict
 from clients.app import app as client_app
 from clients.app import share_weights
 from fedlm.config.load import config_from_toml, config_to_toml
+from fedlm.config.paths import with_absolute_paths
 from fedlm.config.schema import Config
 from fedlm.errors import Interrupted
 from fedlm.experiment import Experiment, starts_from_base
@@ -41,6 +42,7 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
         FedlmError: Any of `fedlm.errors`; what can be checked is checked before any work starts.
         Interrupted: Ctrl-C; the run can be resumed.
     """
+    config = with_absolute_paths(config)
     path = out or server.default_run_path()
     check_writable(path)
     listener({"event": "stage", "text": f"opening {config.data.corpus}"})
@@ -61,7 +63,7 @@ def resume(run: Path, listener: Listener) -> RunSummary:
 
 def pretrain(config: Config, listener: Listener) -> Path:
     """Train and cache this config's base; returns its folder, at once if it is there."""
-    config = replace(config, model=replace(config.model, base="pretrain"))
+    config = with_absolute_paths(replace(config, model=replace(config.model, base="pretrain")))
     server.ensure_base(config, listener)
     return base_folder(config)
 

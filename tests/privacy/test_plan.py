@@ -352,7 +352,9 @@ class TestStatement:
         plan = make(population=1_000_000, expected_cohort=5_000)
         (stamp,) = plan.stamps()
         assert stamp.startswith("no guarantee for this model: ")
-        assert f"{plan.epsilon_of_this_fleet(20):.2g}"[:3] in stamp
+        printed = float(stamp.rpartition("epsilon ")[2].replace(",", ""))
+        true = plan.epsilon_of_this_fleet(20)
+        assert true <= printed <= true * 1.002, "rounded up, never down"
         assert "5,000 of 1,000,000" in stamp
         assert "50 of 2,000" in stamp
         assert stamp in plan.statement()

@@ -176,7 +176,8 @@ def test_a_broken_device_is_a_zero_contribution_and_a_ledger_line(
 
 def test_diverging_devices_release_noise_alone(small: Make, tmp_path: Path) -> None:
     """Every update is NaN: the round still releases, with nothing but noise in it, and the model stays finite."""
-    simulate(small("execution.grid=inprocess", "local.learning_rate=1e30", "rounds=1"), tmp_path / "run", quiet)
+    rates = ("local.learning_rate=1e38", "local.row_learning_rate=1e38", "local.epochs=3")
+    simulate(small("execution.grid=inprocess", *rates, "rounds=1"), tmp_path / "run", quiet)
     line = next(line for line in lines(tmp_path / "run", "ledger.jsonl") if line["event"] == "round")
     assert line["trained"] == 0
     assert line["failed"] == {"update not finite": line["sampled"]}

@@ -1,0 +1,36 @@
+"""Paths in a config, made absolute: a stored run must resume from any folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedlm.config.schema import Config
+
+WORDS = frozenset({"chitchat", "synthetic", "wordfreq", "model", "transformer", "lstm", "pretrain", "random", "public"})
+"""Values that mean something of their own, whatever lies in the working folder."""
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with every path that it names made absolute.
+
+    A key that takes either a name or a path (`data.corpus`, `model.name`) is left alone unless something lies there.
+    """
+    lora = config.trainable.lora
+    return replace(
+        config,
+        data=replace(
+            config.data,
+            corpus=_if_it_exists(config.data.corpus),
+            cache_dir=str(Path(config.data.cache_dir).expanduser().resolve()) if config.data.cache_dir else "",
+        ),
+        vocabulary=replace(config.vocabulary, source=_if_it_exists(config.vocabulary.source)),
+        model=replace(config.model, name=_if_it_exists(config.model.name), base=_if_it_exists(config.model.base)),
+        pretrain=replace(config.pretrain, corpus=_if_it_exists(config.pretrain.corpus)),
+        trainable=replace(config.trainable, lora=replace(lora, adapter=_if_it_exists(lora.adapter))),
+    )
+
+
+def _if_it_exists(text: str) -> str:
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and text not in WORDS and path.exists() else text
