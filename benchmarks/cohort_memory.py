@@ -2,7 +2,7 @@
 
 Each cohort is one real run of the command line on Ray; this process samples the run's peak memory from outside.
 
-    python -m benchmarks.cohort_memory ../shared/data/ubuntu_irc/ubuntu_irc.users.jsonl.xz
+    python -m benchmarks.cohort_memory ubuntu_irc.users.jsonl.xz
 """
 
 from __future__ import annotations
