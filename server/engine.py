@@ -227,7 +227,7 @@ class Engine:
         """Cut the cohort so that every node gets a few pieces; the cut does not change the sum."""
         group = self._config.execution.group_size
         wanted = -(-len(cohort) // (4 * max(len(self._dispatcher.wait_for_nodes()), 1)))
-        size = min(max(wanted, group), 4 * group)
+        size = min(max(wanted, group), 16 * group)
         return [cohort[start : start + size] for start in range(0, len(cohort), size)]
 
     def _dispatch(self, kind: str, requests: list[Any], version: int) -> Any:

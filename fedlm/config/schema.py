@@ -196,7 +196,7 @@ class ExecutionConfig:
     grid: str = option("ray", "ray: worker processes; inprocess: this process", choices=("ray", "inprocess"))
     workers: int = option(0, "workers; 0: one for each processor core", low=0, high=4096)
     address: str = option("", "a running Ray cluster; empty: start one on this machine")
-    group_size: int = option(16, "devices summed together before the exact integer sum", low=1, high=4096)
+    group_size: int = option(4, "devices that a worker takes at a time, at least", low=1, high=4096)
     eval_every: int = option(5, "rounds between evaluations; 0: only before the first and after the last", low=0)
     checkpoint_every: int = option(10, "rounds between whole checkpoints (each round is journalled)", low=1)
     worker_timeout_s: float = option(600.0, "a worker silent for this long is given up", above=0)
