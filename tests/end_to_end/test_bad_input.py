@@ -57,7 +57,7 @@ def test_a_bad_corpus(here: Fedlm, tmp_path: Path, name: str, content: bytes | N
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("data.corpus=.", ["no corpus '.'"]),
+        ("data.corpus=.", ["no corpus '/", "no such file"]),
         ("data.corpuss=x", ["unknown key 'data.corpuss'", "did you mean 'data.corpus'?"]),
         ("rounds=many", ['rounds = "many"', "a whole number >= 1"]),
         ("vocabulary.size=1000000", ["vocabulary.size = 1,000,000", "321,219"]),
