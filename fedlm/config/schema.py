@@ -172,8 +172,12 @@ class PrivacyConfig:
 
     enabled: bool = option(True, "false: no clipping and no noise, stamped NOT PRIVATE")
     clip_norm: float = option(0.3, "L2 bound on a device's update", above=0)
-    epsilon: float = option(2.0, "target; the noise multiplier is calibrated to it; 0: use noise_multiplier", low=0)
-    noise_multiplier: float = option(0.0, "noise std in units of clip_norm; 0: calibrate from epsilon", low=0)
+    epsilon: float = option(
+        2.0, "target that the noise is calibrated to, or with noise_multiplier the budget; 0: neither", low=0
+    )
+    noise_multiplier: float = option(
+        0.0, "noise std in units of clip_norm; 0: calibrated. Refused if its rounds cost more than epsilon", low=0
+    )
     delta: float = option(1e-6, "", above=0, high=0.1)
     mechanism: str = option("gaussian", "", choices=("gaussian",))
     population: int = option(0, "accounted fleet size; 0: the simulated fleet's own", low=0)

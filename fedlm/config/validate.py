@@ -184,11 +184,6 @@ def _privacy(config: Config) -> Iterator[str]:
             "privacy.enabled = true needs privacy.epsilon or privacy.noise_multiplier above 0; "
             "set one, or privacy.enabled = false"
         )
-    if privacy.enabled and privacy.epsilon and privacy.noise_multiplier:
-        yield (
-            f"privacy.epsilon = {privacy.epsilon} and privacy.noise_multiplier = {privacy.noise_multiplier} "
-            "are both set; set the one that is not meant to 0"
-        )
     if expected and not population:
         yield f"privacy.expected_cohort = {expected} needs privacy.population; set it to the fleet's size"
     name = "privacy.expected_cohort" if expected else "fleet.cohort"

@@ -41,7 +41,6 @@ CASES = [
     (["model.base=random"], "trainable.dense = ['*']", ["trainable.dense=['*']"]),
     (["privacy.epsilon=0"], "or privacy.noise_multiplier above 0", ["privacy.noise_multiplier=1"]),
     (["privacy.epsilon=0"], "or privacy.enabled = false", ["privacy.enabled=false"]),
-    (["privacy.noise_multiplier=1"], "are both set", ["privacy.epsilon=0"]),
     (["privacy.expected_cohort=500"], "needs privacy.population", ["privacy.population=1_000_000"]),
     (
         ["privacy.population=10_000", "privacy.expected_cohort=10_001"],

@@ -70,6 +70,16 @@ def test_epsilon_and_noise_multiplier_are_two_sides_of_one_account(here: Fedlm, 
     assert given.summary["epsilon"] == pytest.approx(calibrated.summary["epsilon"], rel=1e-6)
 
 
+def test_a_budget_that_the_noise_does_not_keep_is_refused(here: Fedlm) -> None:
+    """Exit code 3 and nothing done: with both given, epsilon is the budget of the noise multiplier."""
+    done = here("privacy.epsilon=1", "privacy.noise_multiplier=0.5", "data.cache_dir=untouched")
+    one_line(done, 3, "noise multiplier 0.5", "allowed is 1", "set privacy.noise_multiplier = 0")
+    assert not done.folder.exists()
+    assert not (done.folder.parent / "untouched" / "bases").exists()
+    kept = here("privacy.epsilon=1", "privacy.noise_multiplier=20")
+    assert 0 < kept.summary["epsilon"] < 1
+
+
 def test_a_claimed_population_is_stamped(here: Fedlm) -> None:
     done = here("privacy.population=1000000", "privacy.expected_cohort=5000")
     assert done.summary["epsilon"] == pytest.approx(2, rel=1e-3)
