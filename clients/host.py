@@ -9,6 +9,8 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -55,6 +57,15 @@ class DeviceHost:
 
     def train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
         """Train the requested devices and return the sum of their clipped updates."""
+        with one_thread():
+            return self._train(broadcast, request)
+
+    def evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
+        """Score held-out users with the exact full softmax."""
+        with one_thread():
+            return self._evaluate(broadcast, request)
+
+    def _train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
         started = time.perf_counter()
         empty = np.empty(0, np.int64)
         if not self._apply(broadcast):
@@ -90,8 +101,7 @@ class DeviceHost:
             seconds=time.perf_counter() - started,
         )
 
-    def evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
-        """Score held-out users with the exact full softmax."""
+    def _evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
         if not self._apply(broadcast):
             return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0)
         self._trainable.load(self._blocks)
@@ -141,6 +151,19 @@ class DeviceHost:
                 chunk=self._config.loss.chunk,
             )
         return total
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: products split over threads round otherwise, and a device's update must have the same
+    bits wherever it is trained. Cores are used by more workers.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _peak_mb() -> float:

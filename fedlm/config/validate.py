@@ -6,7 +6,7 @@ are in `fedlm.config.schema`; whether a file exists or fits is found by who read
 >>> from fedlm.config.load import load_config
 >>> load_config(None, ["model.num_heads=5"])
 Traceback (most recent call last):
-fedlm.errors.ConfigError: model.num_heads = 5 does not divide model.d_model = 192; set model.num_heads = 4
+fedlm.errors.ConfigError: model.num_heads = 5 does not divide model.d_model = 128; set model.num_heads = 4
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 
 from fedlm.config.schema import Config, DataConfig, SyntheticConfig
 from fedlm.data.corpora import UserTexts, fingerprint, read_users
-from fedlm.errors import DataError
+from fedlm.errors import ConfigError, DataError
 
 PLUG_IN = """
 from fedlm.data.corpora import UserTexts
@@ -41,9 +41,9 @@ def test_a_plug_in_gets_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(read_users(config)) == [UserTexts(f"user {n}", ["hello"], "train") for n in range(2)]
     with pytest.raises(DataError, match="yielded str; it must yield UserTexts"):
         list(read_users(config_for("corpus_plug_in:wrong")))
-    with pytest.raises(DataError, match="has no attribute 'missing'"):
+    with pytest.raises(ConfigError, match="has no attribute 'missing'"):
         list(read_users(config_for("corpus_plug_in:missing")))
-    with pytest.raises(DataError, match=r"No module named 'no_such_module'.*PYTHONPATH"):
+    with pytest.raises(ConfigError, match=r"No module named 'no_such_module'.*PYTHONPATH"):
         list(read_users(config_for("no_such_module:letters")))
 
 

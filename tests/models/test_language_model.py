@@ -6,9 +6,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import KINDS, VOCABULARY, ModelMaker
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import KINDS, VOCABULARY, ModelMaker
 from torch import nn
 
 from fedlm.errors import DataError
@@ -51,7 +51,7 @@ def test_rows_do_not_see_each_other(model: LanguageModel) -> None:
 @given(seed=st.integers(0, 2**31))
 @settings(max_examples=10, deadline=None)
 def test_a_compact_table_of_the_rows_in_play_gives_the_same_states_and_gradients(seed: int) -> None:
-    from conftest import small_model
+    from small_models import small_model
 
     model = small_model("transformer", num_layers=1)
     tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, VOCABULARY, (2, 5)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VOCABULARY, ModelMaker
+from small_models import VOCABULARY, ModelMaker
 from torch import nn
 
 from fedlm.models.lstm import LstmLayer, LstmModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ModelMaker
+from small_models import ModelMaker
 
 from fedlm.config.schema import Config, ModelConfig
 from fedlm.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, small_hugging_face
+from small_models import VOCABULARY, small_hugging_face
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, VOCABULARY, ModelMaker
+from small_models import LENGTH, VOCABULARY, ModelMaker
 
 from fedlm.errors import DataError
 from fedlm.models.weights import weights

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, ModelMaker
 from safetensors.numpy import save_file
+from small_models import KINDS, ModelMaker
 
 from fedlm.errors import DataError
 from fedlm.models.base import LanguageModel
