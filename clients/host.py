@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,7 +52,7 @@ class DeviceHost:
         self._blocks = self._trainable.initial_blocks(copy_tables=not is_own)
         self._trainable.bind_tables(self._blocks)
         self._trainer = LocalTrainer(self._trainable, config, self._experiment.vocabulary.frequencies)
-        self._run, self._version = "", 0
+        self._run, self._version, self._opened = "", 0, b""
 
     def train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
         """Train the requested devices and return the sum of their clipped updates."""
@@ -66,14 +65,14 @@ class DeviceHost:
             return self._evaluate(broadcast, request)
 
     def _train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
-        started = time.perf_counter()
         empty = np.empty(0, np.int64)
         if not self._apply(broadcast):
             nothing = np.empty(0, np.float64)
-            return TrainReply(True, empty, 0, empty, nothing, nothing, empty, [], _peak_mb(), 0.0)
-        spec = self._trainable.spec.with_rows(broadcast.row_ids)
-        self._trainer.start_round(spec, self._blocks)
-        total = Clipper(request.clip_norm).new_sum(spec.size)
+            return TrainReply(True, empty, 0, empty, nothing, nothing, empty, [], _peak_mb())
+        if broadcast.key != self._opened:  # once a round, however many pieces of it come here
+            self._spec, self._opened = self._trainable.spec.with_rows(broadcast.row_ids), broadcast.key
+            self._trainer.start_round(self._spec, self._blocks)
+        total = Clipper(request.clip_norm).new_sum(self._spec.size)
         trained: list[tuple[int, float, float]] = []
         failed: dict[int, str] = {}
         for device in request.devices.tolist():
@@ -93,12 +92,11 @@ class DeviceHost:
             total=total.to_arrays()[0],
             num_devices=total.num_devices,
             devices=np.array(devices, np.int64),
-            norms=np.array(norms, np.float64),
-            losses=np.array(losses, np.float64),
+            non_private_norms=np.array(norms, np.float64),
+            non_private_losses=np.array(losses, np.float64),
             failed=np.array(list(failed), np.int64),
             causes=list(failed.values()),
             peak_mb=_peak_mb(),
-            seconds=time.perf_counter() - started,
         )
 
     def _evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:

@@ -71,24 +71,22 @@ class TrainReply:
         total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping`).
         num_devices: Devices in the sum, those that contributed zero included.
         devices: (U,) devices that trained.
-        norms: (U,) L2 norms before clipping. Simulation only, not private.
-        losses: (U,) training losses. Simulation only, not private.
+        non_private_norms: (U,) L2 norms before clipping. Simulation only, not private.
+        non_private_losses: (U,) training losses. Simulation only, not private.
         failed: (F,) devices that contributed zero.
         causes: (F,) why, one line each.
         peak_mb: Peak resident memory of the node's process so far, MB.
-        seconds: Time spent.
     """
 
     stale: bool
     total: npt.NDArray[np.int64]
     num_devices: int
     devices: RowIds
-    norms: npt.NDArray[np.float64]
-    losses: npt.NDArray[np.float64]
+    non_private_norms: npt.NDArray[np.float64]
+    non_private_losses: npt.NDArray[np.float64]
     failed: RowIds
     causes: list[str]
     peak_mb: float
-    seconds: float
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 def round_key(seed: int, round_number: int) -> bytes:
     """Return the 32-byte key of one round.
 
-    Devices receive this key instead of the seed: it is a one-way function of the seed, so a device can draw its own
+    Messages carry this key instead of the seed: it is a one-way function of the seed, so a device can draw its own
     streams of this round but learns nothing about other rounds or about who else was sampled in them.
     """
     return blake2b(f"{seed}/round/{round_number}".encode(), digest_size=32).digest()

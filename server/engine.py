@@ -78,7 +78,6 @@ class Engine:
         self._config = experiment.config
         self._experiment, self._plan, self._strategy, self._spec = experiment, plan, strategy, spec
         self._folder, self._listener = folder, listener
-        self._grid = grid
         self._dispatcher = Dispatcher(grid, self._config.execution.worker_timeout_s, self._lost)
         self._state = strategy.init(spec, values)
         self._meter = DownloadMeter(spec, plan.fleet_size, self._config.rounds)

@@ -38,7 +38,9 @@ class CohortReport:
 
     def add(self, reply: TrainReply) -> None:
         """Take in a node's reply."""
-        self._seen += zip(reply.devices.tolist(), reply.norms.tolist(), reply.losses.tolist(), strict=True)
+        self._seen += zip(
+            reply.devices.tolist(), reply.non_private_norms.tolist(), reply.non_private_losses.tolist(), strict=True
+        )
         self._failed |= dict(zip(reply.failed.tolist(), reply.causes, strict=True))
 
     def warning(self, t: int) -> str:
