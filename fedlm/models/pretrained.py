@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlm.errors import DataError
+from fedlm.models.attention import LONGEST_PLAIN
 from fedlm.models.base import LanguageModel
-from fedlm.models.transformer import LONGEST_PLAIN_ATTENTION
 from fedlm.models.weights import Array, set_weights, weights
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PretrainedModel(LanguageModel):
         """
         if self.max_length is not None and x.shape[1] > self.max_length:
             raise DataError(f"a sequence of {x.shape[1]} tokens; the model has {self.max_length} positions; cut it")
-        plain = x.shape[1] <= LONGEST_PLAIN_ATTENTION
+        plain = x.shape[1] <= LONGEST_PLAIN
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             decoded = self.get_submodule(self._decoder)(inputs_embeds=x, attention_mask=mask, use_cache=False)
         return decoded.last_hidden_state  # type: ignore[no-any-return]

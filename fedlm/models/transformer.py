@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlm.errors import DataError
+from fedlm.models.attention import causal_attention
 from fedlm.models.base import LanguageModel
-from fedlm.models.layers import Dropout, empty_linear
+from fedlm.models.layers import Dropout, Positions, empty_linear
 
-# Below this length attention is written out as plain products: the fused kernel gains at most a third of the
-# attention's small share on some processors and is up to 20 times slower on others.
-LONGEST_PLAIN_ATTENTION = 64
 _WEIGHT_STD = 0.02
 
 
@@ -52,7 +50,7 @@ class TransformerModel(LanguageModel):
         if d_model % num_heads:
             raise DataError(f"model.d_model = {d_model} is not a multiple of model.num_heads = {num_heads}")
         super().__init__(*self.empty_tables(vocabulary_size, d_model, tied=tied))
-        self.positions = nn.Parameter(torch.empty(max_length, d_model))
+        self.positions = Positions(max_length, d_model)
         self.dropout = Dropout(dropout, self.dropout_generator)
         self.blocks = nn.ModuleList(
             Block(d_model, num_heads, d_ff, dropout, self.dropout_generator) for _ in range(num_layers)
@@ -60,15 +58,8 @@ class TransformerModel(LanguageModel):
         self.norm = nn.LayerNorm(d_model)
 
     def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map embedded inputs (B, T, D) to hidden states (B, T, D); see `LanguageModel.body`.
-
-        Raises:
-            DataError: T is longer than `max_length`.
-        """
-        length, max_length = x.shape[1], self.positions.shape[0]
-        if length > max_length:
-            raise DataError(f"a sequence of {length} tokens; the model has {max_length} positions; cut it")
-        x = self.dropout(x + self.positions[:length])  # (B, T, D)
+        """Map embedded inputs (B, T, D) to hidden states (B, T, D); T is at most `max_length`. See `LanguageModel.body`."""
+        x = self.dropout(self.positions(x))  # (B, T, D)
         for block in self.blocks:
             x = block(x)  # (B, T, D)
         return self.norm(x)  # type: ignore[no-any-return]
@@ -87,7 +78,7 @@ class TransformerModel(LanguageModel):
         """
         row_std = 0.5 / self.d_model
         self.initialise_tables(log_frequencies, row_std, generator)
-        nn.init.normal_(self.positions, std=row_std, generator=generator)
+        nn.init.normal_(self.positions.weight, std=row_std, generator=generator)
         branch_std = _WEIGHT_STD / (2 * len(self.blocks)) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -126,11 +117,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # (B, T, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D/H)
-        mixed = causal_attention(q, k, v).transpose(1, 2).reshape(B, T, D)  # (B, T, D)
-        return self.output(mixed)  # type: ignore[no-any-return]
+        return self.output(causal_attention(self.qkv(x), self.num_heads))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -144,14 +131,3 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(width)) v under the causal mask; all are (B, H, T, width)."""
-    T, width = q.shape[-2:]
-    if T > LONGEST_PLAIN_ATTENTION:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    scores = (q * width**-0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
-    mixed: Tensor = scores.masked_fill(future, float("-inf")).softmax(-1) @ v  # (B, H, T, width)
-    return mixed

@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.config.schema import Config
-from fedlm.data.batching import Batch, local_batches
+from fedlm.data.batching import Batch
 from fedlm.losses.full_softmax import full_softmax_loss
 from fedlm.losses.nce import nce_loss
-from fedlm.losses.negatives import NoiseDistribution
 from fedlm.losses.sampled_softmax import sampled_softmax_loss
-from fedlm.randomness import stream
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
+from fedlm.training.work import DeviceWork, RoundWork
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,7 @@ class LocalTrainer:
             spec: The round's spec.
             blocks: Current values of everything that trains: the blocks of the full spec, by name.
         """
-        self._spec = spec
-        self._blocks = blocks
-        rows = spec.row_ids
-        if rows is None:
-            rows = np.arange(self._trainable.model.vocabulary_size if spec.row_blocks else 0)
-        self._noise = NoiseDistribution(self._frequencies, self._config.loss, rows)
-        self._log_expected = torch.from_numpy(self._noise.log_expected)  # (V,)
-        self._slot = np.full(self._trainable.model.vocabulary_size, -1, np.int64)  # (V,) place in the row set or -1
-        self._slot[rows] = np.arange(len(rows))
+        self._round = RoundWork(self._trainable.model, self._config, self._frequencies, spec, blocks)
 
     def train(self, tokens: npt.NDArray[np.int32], *, key: bytes, device: int) -> LocalResult:
         """Train one device.
@@ -88,41 +79,26 @@ class LocalTrainer:
         Returns:
             The device's update, not clipped yet.
         """
-        local = self._config.local
-        batches = list(
-            local_batches(
-                tokens,
-                length=self._config.data.sequence_length,
-                batch_size=local.batch_size,
-                epochs=local.epochs,
-                generator=stream(key, "shuffle", device),
-            )
-        )
-        self._trainable.model.seed_dropout(int(stream(key, "dropout", device).integers(2**63)))
-        negatives = self._draw_negatives(len(batches), stream(key, "negatives", device))
-        self._trainable.load(self._blocks)
+        work = self._round.of(tokens, key=key, device=device)
+        self._trainable.model.seed_dropout(work.dropout_seed)
+        self._trainable.load(self._round.blocks)
         self._trainable.model.train()
-        tables = self._compact_tables(batches, negatives)
+        tables = self._compact_tables(work)
         losses, num_tokens = [], 0
-        for step, batch in enumerate(batches):
-            loss, count = self._step(tables, batch, negatives[step] if negatives else None)
+        for step, batch in enumerate(work.batches):
+            loss, count = self._step(tables, batch, work.negatives[step] if work.negatives else None)
             losses.append(loss)
             num_tokens += count
         return LocalResult(self._update(tables), float(np.mean(losses)) if losses else 0.0, num_tokens)
 
-    def _draw_negatives(self, num_steps: int, rng: np.random.Generator) -> list[RowIds]:
-        if self._config.loss.kind == "full_softmax":
-            return []
-        return [self._noise.draw(rng) for _ in range(num_steps)]
-
-    def _compact_tables(self, batches: list[Batch], negatives: list[RowIds]) -> _CompactTables:
+    def _compact_tables(self, work: DeviceWork) -> _CompactTables:
         model = self._trainable.model
         if self._config.loss.kind == "full_softmax":
             ids = np.arange(model.vocabulary_size)
         else:
-            used = [a.ravel() for b in batches for a in (b.inputs, b.targets)] + negatives
+            used = [a.ravel() for b in work.batches for a in (b.inputs, b.targets)] + work.negatives
             ids = np.unique(np.concatenate(used)) if used else np.empty(0, np.int64)
-        moving = self._slot[ids] >= 0
+        moving = self._round.slot[ids] >= 0
         ids = np.concatenate([ids[moving], ids[~moving]])  # (L,) rows of the round's set first
         self._local_index[torch.from_numpy(ids)] = torch.arange(len(ids))
         return _CompactTables(self._trainable, ids, int(moving.sum()))
@@ -132,9 +108,7 @@ class LocalTrainer:
         model, index = self._trainable.model, self._local_index
         inputs = index[torch.from_numpy(batch.inputs)]  # (B, T)
         mask = torch.from_numpy(batch.mask)  # (B, T)
-        counted = mask
-        if self._config.loss.negatives_from == "rows":
-            counted = mask & torch.from_numpy(self._slot[batch.targets] >= 0)
+        counted = torch.from_numpy(self._round.counted(batch))  # (B, T)
         targets = index[torch.from_numpy(batch.targets)[counted]]  # (N,)
         if not len(targets):
             return 0.0, 0
@@ -161,16 +135,16 @@ class LocalTrainer:
             return full_softmax_loss(hidden, targets, tables.output, tables.bias, config.chunk)
         loss = nce_loss if config.kind == "nce" else sampled_softmax_loss
         local_negatives = self._local_index[torch.from_numpy(negatives)]  # (K,)
-        log_expected = self._log_expected[tables.ids]  # (L,)
+        log_expected = self._round.log_expected[tables.ids]  # (L,)
         return loss(hidden, targets, local_negatives, tables.output, tables.bias, log_expected)
 
     @torch.no_grad()
     def _update(self, tables: _CompactTables) -> Vector:
-        update = np.zeros(self._spec.size, np.float32)
-        views = self._spec.views(update)
+        update = np.zeros(self._round.spec.size, np.float32)
+        views = self._round.spec.views(update)
         for name, parameter in self._trainable.parameters.items():
-            np.subtract(parameter.numpy(), self._blocks[name], out=views[name])
-        slots = self._slot[tables.ids[: tables.num_moving].numpy()]
+            np.subtract(parameter.numpy(), self._round.blocks[name], out=views[name])
+        slots = self._round.slot[tables.ids[: tables.num_moving].numpy()]
         for name, moved in tables.moved():
             views[name][slots] = moved.numpy()
         return update

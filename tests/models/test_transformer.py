@@ -27,7 +27,7 @@ def numpy_hidden(w: dict[str, np.ndarray], tokens: np.ndarray, num_layers: int, 
     def linear(x: np.ndarray, name: str) -> np.ndarray:
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    x = w["input_table"][tokens] + w["positions"][: len(tokens)]
+    x = w["input_table"][tokens] + w["positions.weight"][: len(tokens)]
     width = x.shape[1] // num_heads
     for layer in range(num_layers):
         block = f"blocks.{layer}"

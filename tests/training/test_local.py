@@ -100,7 +100,7 @@ def reference_run(c: Config, model: Any, parameters: list[Tensor], table: Tensor
 def test_lora_update_equals_pefts_own_training(loss: str, freeze_a: str) -> None:
     """Ours against PeftModel + torch.optim.SGD + dense scores, three steps of two epochs each."""
     c = config(f"loss.kind={loss}", "trainable.embedding_rows.count=0", "trainable.lora.rank=4",
-               f"trainable.lora.freeze_a={freeze_a}", "local.epochs=2")  # fmt: skip
+               f"trainable.lora.freeze_a={freeze_a}", "local.epochs=2", "local.learning_rate=0.1")  # fmt: skip
     trainable, result = train(c)
     start = build(c)
     plain = build_model(c, FREQUENCIES, c.seed)

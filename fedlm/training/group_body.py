@@ -1,0 +1,334 @@
+"""The body of a model for a group of devices at once: frozen weights multiply all devices' tokens in one product, and
+each device's own tensors stand beside them in a batch dimension.
+
+A grouped body is the model's own module tree with its leaves exchanged, so there is one description of each model.
+A leaf keeps the values of what trains in it for all devices, (G, ...), as views of one (G, F) matrix, which holds the
+fixed part of G update vectors; gradients have a matrix of the same layout, and plain SGD is one subtraction.
+
+Shape legend: G devices, of which the first `num_active` still have batches; S sequences of a device, T tokens,
+N = S T; rows of the body's input are device by device, (G S, T, D).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from fedlm.models.base import LanguageModel
+from fedlm.models.layers import Dropout, Positions, keep_mask
+from fedlm.trainable.build import Trainable
+from fedlm.trainable.spec import Block
+
+_NO_GRADIENT = torch.zeros((), requires_grad=True)  # makes a leaf whose input has no gradient part of the graph
+
+
+class Group:
+    """What the devices of a group train outside the embedding, and the gradients of one step.
+
+    Arguments:
+        trainable: The model and what trains in it.
+        capacity: Most devices of a group.
+    """
+
+    def __init__(self, trainable: Trainable, capacity: int) -> None:
+        blocks = [block for block in trainable.spec.blocks if block.kind != "rows"]
+        size = trainable.spec.fixed_size
+        self.values = torch.empty(capacity, size)  # (G, F)
+        self._gradients = torch.empty(capacity, size)  # (G, F)
+        self.num_active = 0
+        self.dropouts: list[torch.Generator] = []
+        self.sizes: list[tuple[int, int]] = []  # (sequences, tokens) of each active device's batch, without padding
+        self._slots = {id(trainable.parameters[block.name]): _Slot(self, block) for block in blocks}
+
+    def slot(self, parameter: Tensor | None) -> _Slot | None:
+        """Return the devices' values of a parameter of the model, or None if it does not train."""
+        return None if parameter is None else self._slots.get(id(parameter))
+
+    def names(self) -> set[int]:
+        """Return the ids of the parameters that train."""
+        return set(self._slots)
+
+    def matrix(self, block: Block, *, gradients: bool) -> Tensor:
+        """Return a block's part of the values or gradients, (G, ...), sharing memory."""
+        source = self._gradients if gradients else self.values
+        return source[:, block.offset : block.offset + block.size].view(-1, *block.shape)
+
+    def start_step(self, num_active: int, sizes: list[tuple[int, int]]) -> None:
+        """Begin a step of the first `num_active` devices."""
+        self.num_active, self.sizes = num_active, sizes
+        for slot in self._slots.values():
+            slot.is_fresh = True
+
+    @torch.no_grad()
+    def descend(self, learning_rate: float) -> None:
+        """Take one step of plain SGD with the gradients that the backward pass left."""
+        for slot in self._slots.values():
+            if not slot.is_fresh:
+                slot.value.sub_(slot.gradient, alpha=learning_rate)
+
+
+class _Slot:
+    """One trained tensor of every device in a group."""
+
+    def __init__(self, group: Group, block: Block) -> None:
+        self._group = group
+        self._values = group.matrix(block, gradients=False)
+        self._gradients = group.matrix(block, gradients=True)
+        self.is_fresh = True  # nothing of this step is in the gradient yet
+
+    @property
+    def value(self) -> Tensor:
+        """Values of the active devices, (G, ...)."""
+        return self._values[: self._group.num_active]
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradients of the active devices, (G, ...)."""
+        return self._gradients[: self._group.num_active]
+
+    def add_product(self, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """Add scale * left @ right, (G, m, k) by (G, k, n), to the gradient."""
+        self.gradient.baddbmm_(left, right, beta=float(not self.is_fresh), alpha=scale)
+        self.is_fresh = False
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient (G, ...), or one of the first rows of the tensor (G, n, ...)."""
+        if self.is_fresh:
+            self.gradient.zero_()
+            self.is_fresh = False
+        self.gradient[:, : gradient.shape[1]].add_(gradient)
+
+
+def group_body(model: LanguageModel, group: Group) -> LanguageModel | None:
+    """Return the model with its leaves exchanged for those of a group; None if it trains something no leaf knows.
+
+    The result shares all frozen weights and tables with `model`.
+    """
+    reached: set[int] = set()
+
+    def exchange(module: nn.Module) -> nn.Module:
+        leaf = _leaf(module, group)
+        if leaf is not None:
+            reached.update(id(p) for p in module.parameters())
+            return leaf
+        twin = copy.copy(module)
+        twin.__dict__["_modules"] = {name: exchange(child) for name, child in module.named_children()}
+        return twin
+
+    body = exchange(model)
+    assert isinstance(body, LanguageModel)
+    return body if group.names() <= reached else None
+
+
+def _leaf(module: nn.Module, group: Group) -> nn.Module | None:
+    if isinstance(module, LoraLinear):
+        return GroupLinear(_plain_linear(module.base_layer), group, module)
+    if isinstance(module, nn.Linear):
+        return GroupLinear(module, group, None)
+    if isinstance(module, nn.LayerNorm):
+        return GroupLayerNorm(module, group)
+    if isinstance(module, Positions):
+        return GroupPositions(module, group)
+    if isinstance(module, Dropout):
+        return GroupDropout(module, group)
+    return None
+
+
+def _plain_linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+class GroupLinear(nn.Module):
+    """x W^T + b + s (x A^T) B^T, where each of W, b, A and B is common or the device's own.
+
+    Arguments:
+        linear: The frozen product.
+        group: The devices.
+        lora: peft's module around it, if any.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Group, lora: LoraLinear | None) -> None:
+        super().__init__()
+        self.group = group
+        self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        self.weight_slot, self.bias_slot = group.slot(linear.weight), group.slot(linear.bias)
+        self.a_slot = self.b_slot = self.a = None
+        self.scale = 0.0
+        if lora is not None:
+            factor_a, factor_b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+            self.a, self.scale = factor_a.detach(), float(lora.scaling["default"])
+            self.a_slot, self.b_slot = group.slot(factor_a), group.slot(factor_b)
+        self._trains = any((self.weight_slot, self.bias_slot, self.b_slot))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (G S, ..., in) to (G S, ..., out)."""
+        if not self._trains:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = _Linear.apply(x, _NO_GRADIENT, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def factor_a(self) -> Tensor:
+        """Return A of every active device, (G, R, in)."""
+        assert self.a is not None
+        return self.a.expand(self.group.num_active, -1, -1) if self.a_slot is None else self.a_slot.value
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x W^T + b of each device: (G, N, in) to (G, N, out)."""
+        common_bias = self.bias if self.bias_slot is None else None
+        if self.weight_slot is None:
+            y = F.linear(x.flatten(0, 1), self.weight, common_bias).view(*x.shape[:2], -1)
+        else:
+            y = torch.bmm(x, self.weight_slot.value.transpose(1, 2))
+            if common_bias is not None:
+                y += common_bias
+        return y if self.bias_slot is None else y.add_(self.bias_slot.value[:, None])
+
+    def product_gradient(self, grad: Tensor) -> Tensor:
+        """Return grad W: (G, N, out) to (G, N, in)."""
+        if self.weight_slot is not None:
+            return torch.bmm(grad, self.weight_slot.value)
+        return (grad.flatten(0, 1) @ self.weight).view(*grad.shape[:2], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """All of a `GroupLinear` in one node of the graph; the backward pass leaves gradients in the slots."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, layer: GroupLinear) -> Tensor:
+        flat = x.reshape(layer.group.num_active, -1, x.shape[-1])  # (G, N, in)
+        y = layer.product(flat)  # (G, N, out)
+        low = None
+        if layer.b_slot is not None:
+            low = torch.bmm(flat, layer.factor_a().transpose(1, 2))  # (G, N, R)
+            y.baddbmm_(low, layer.b_slot.value.transpose(1, 2), alpha=layer.scale)
+        ctx.save_for_backward(flat, low)
+        ctx.layer, ctx.shape = layer, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        flat, low = ctx.saved_tensors
+        layer: GroupLinear = ctx.layer
+        grad = grad_outputs[0].reshape(*flat.shape[:2], -1)  # (G, N, out)
+        g_x = layer.product_gradient(grad) if ctx.needs_input_grad[0] else None  # (G, N, in)
+        if layer.weight_slot is not None:
+            layer.weight_slot.add_product(grad.transpose(1, 2), flat)
+        if layer.bias_slot is not None:
+            layer.bias_slot.add(grad.sum(1))
+        if layer.b_slot is not None:
+            g_low = torch.bmm(grad, layer.b_slot.value)  # (G, N, R)
+            layer.b_slot.add_product(grad.transpose(1, 2), low, layer.scale)
+            if layer.a_slot is not None:
+                layer.a_slot.add_product(g_low.transpose(1, 2), flat, layer.scale)
+            if g_x is not None:
+                g_x.baddbmm_(g_low, layer.factor_a(), alpha=layer.scale)
+        return None if g_x is None else g_x.view(ctx.shape), None, None
+
+
+class GroupLayerNorm(nn.Module):
+    """LayerNorm with a gain and a bias that are common or the device's own."""
+
+    def __init__(self, norm: nn.LayerNorm, group: Group) -> None:
+        super().__init__()
+        self._group, self._shape, self._eps = group, norm.normalized_shape, norm.eps
+        self._gain, self._bias = group.slot(norm.weight), group.slot(norm.bias)
+        self._common_gain = None if self._gain is not None or norm.weight is None else norm.weight.detach()
+        # A common bias comes after a gain of the device's own, never before it.
+        self._common_bias = None if self._bias is not None or norm.bias is None else norm.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (G S, ..., D) to the same shape."""
+        if self._gain is None and self._bias is None:
+            return F.layer_norm(x, self._shape, self._common_gain, self._common_bias, self._eps)
+        y = F.layer_norm(x, self._shape, self._common_gain, None, self._eps)
+        if self._gain is not None:
+            y = _Scale.apply(y, _NO_GRADIENT, self._gain, self._group)  # type: ignore[no-untyped-call]
+        if self._bias is not None:
+            return _Shift.apply(y, _NO_GRADIENT, self._bias, self._group)  # type: ignore[no-untyped-call,no-any-return]
+        return y if self._common_bias is None else y + self._common_bias
+
+
+class GroupPositions(nn.Module):
+    """Positions that are common or the device's own."""
+
+    def __init__(self, positions: Positions, group: Group) -> None:
+        super().__init__()
+        self._positions, self._group, self._slot = positions, group, group.slot(positions.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the first T positions to (G S, T, D)."""
+        common = self._positions.first(x.shape[1])
+        if self._slot is None:
+            return x + common.detach()
+        return _AddPositions.apply(x, _NO_GRADIENT, self._slot, self._group)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class GroupDropout(nn.Module):
+    """Dropout in which every device draws the masks that it would draw alone."""
+
+    def __init__(self, dropout: Dropout, group: Group) -> None:
+        super().__init__()
+        self._rate, self._group = dropout.rate, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of (G S, T, D), or of a step (G S, D) of a recurrent model."""
+        if self._rate == 0:
+            return x
+        G = self._group.num_active
+        mask = x.new_zeros(G, x.shape[0] // G, *x.shape[1:])  # (G, S, T, D)
+        for part, (S, T), generator in zip(mask, self._group.sizes, self._group.dropouts, strict=False):
+            alone = torch.Size((S, T, x.shape[-1]))
+            part[:S, :T] = keep_mask(alone, self._rate, generator)
+        return x * mask.view(x.shape)
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, slot: _Slot, group: Group) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slot, ctx.group = slot, group
+        return (_by_device(x, group) * slot.value[:, None]).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad = _by_device(grad_outputs[0], ctx.group)  # (G, N, D)
+        ctx.slot.add((grad * _by_device(x, ctx.group)).sum(1))
+        return (grad * ctx.slot.value[:, None]).view(x.shape), None, None, None
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, slot: _Slot, group: Group) -> Tensor:
+        ctx.slot, ctx.group = slot, group
+        return (_by_device(x, group) + slot.value[:, None]).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.slot.add(_by_device(grad_outputs[0], ctx.group).sum(1))
+        return grad_outputs[0], None, None, None
+
+
+class _AddPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, slot: _Slot, group: Group) -> Tensor:
+        ctx.slot, ctx.group = slot, group
+        T, D = x.shape[1:]
+        return (x.view(group.num_active, -1, T, D) + slot.value[:, None, :T]).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        ctx.slot.add(grad.reshape(ctx.group.num_active, -1, *grad.shape[1:]).sum(1))  # (G, T, D)
+        return grad, None, None, None
+
+
+def _by_device(x: Tensor, group: Group) -> Tensor:
+    """Return (G S, ..., D) as (G, N, D)."""
+    return x.reshape(group.num_active, -1, x.shape[-1])
