@@ -187,10 +187,36 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class FleetConfig:
-    """The simulated fleet."""
+    """The simulated fleet (docs/fleet.md); virtual time is the devices' own, not that of the machine."""
 
-    devices: int = option(0, "devices; 0: one for each training user of the corpus", low=0)
-    cohort: int = option(100, "expected devices a round (Poisson sampling)", low=1)
+    devices: int = option(
+        0,
+        "devices; 0: one for each training user of the corpus; more than users: device d copies user d % users",
+        low=0,
+        high=10_000_000,
+    )
+    cohort: int = option(100, "expected devices a round (Poisson sampling), before over_selection", low=1)
+    over_selection: float = option(
+        1.0,
+        "sample this many times the cohort to make up for dropouts; epsilon is that of the larger one",
+        low=1,
+        high=50,
+    )
+    profile: str = option("uniform", "uniform: nothing limits a device; phones: a built-in mix; or a CSV file")
+    memory_mb: float = option(0.0, "cap on every device's memory; 0: only its profile's", low=0)
+    deadline_s: float = option(0.0, "virtual seconds until a round takes no more replies; 0: round_interval_s", low=0)
+    round_interval_s: float = option(600.0, "virtual seconds from one round's start to the next's", above=0)
+    start_hour: float = option(0.0, "virtual hour (UTC) at which the first round starts", low=0, high=24)
+    device_log: bool = option(False, "write devices.csv: a line for each sampled device and round")
+
+    def sampled(self, cohort: int) -> int:
+        """Return how many devices sampling expects when `cohort` of them are wanted."""
+        return round(cohort * self.over_selection)
+
+    @property
+    def is_unconstrained(self) -> bool:
+        """Whether every sampled device takes part, at once."""
+        return self.profile == "uniform" and not self.memory_mb
 
 
 @dataclass(frozen=True)
@@ -200,7 +226,13 @@ class ExecutionConfig:
     grid: str = option("ray", "ray: worker processes; inprocess: this process", choices=("ray", "inprocess"))
     workers: int = option(0, "workers; 0: one for each processor core", low=0, high=4096)
     address: str = option("", "a running Ray cluster; empty: start one on this machine")
-    group_size: int = option(4, "devices that a worker takes at a time, at least", low=1, high=4096)
+    group_size: int = option(16, "devices that train together in one batched program, at most", low=1, high=1024)
+    products: str = option(
+        "auto",
+        "matrix products: fp32, onednn (another fp32 route), auto (the faster of them, by a self-test when a run "
+        "starts), bf16 (frozen weights rounded to it)",
+        choices=("auto", "fp32", "onednn", "bf16"),
+    )
     eval_every: int = option(5, "rounds between evaluations; 0: only before the first and after the last", low=0)
     checkpoint_every: int = option(10, "rounds between whole checkpoints (each round is journalled)", low=1)
     worker_timeout_s: float = option(600.0, "a worker silent for this long is given up", above=0)

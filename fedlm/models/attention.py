@@ -45,7 +45,7 @@ def _future(T: int, device: torch.device) -> Tensor:
 class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:
-        B, T, width = qkv.shape
+        B, T, _ = qkv.shape
         parts = _split_heads(qkv, 3, num_heads)  # (3, BH, T, W)
         q, k, v = parts.unbind(0)
         scale = q.shape[-1] ** -0.5

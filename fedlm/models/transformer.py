@@ -58,7 +58,7 @@ class TransformerModel(LanguageModel):
         self.norm = nn.LayerNorm(d_model)
 
     def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map embedded inputs (B, T, D) to hidden states (B, T, D); T is at most `max_length`. See `LanguageModel.body`."""
+        """Map embedded inputs (B, T, D) to hidden states (B, T, D), T at most `max_length`; see `LanguageModel`."""
         x = self.dropout(self.positions(x))  # (B, T, D)
         for block in self.blocks:
             x = block(x)  # (B, T, D)

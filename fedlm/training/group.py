@@ -30,7 +30,10 @@ from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.group_body import Group, group_body
 from fedlm.training.group_rows import CommonRows, OwnRows
 from fedlm.training.parts import Part
+from fedlm.training.whole_table import WholeTable
 from fedlm.training.work import DeviceWork, RoundWork
+
+MOST_SCORES = 2**27  # (N, V) that a device with a whole table of its own may hold: 512 MiB
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class GroupTrainer:
         frequencies: Public word frequencies (V,).
         body: The grouped body of the model.
         group: What its leaves hold.
+        table: A device's own tables, when it needs them whole.
     """
 
     def __init__(
@@ -66,27 +70,30 @@ class GroupTrainer:
         frequencies: npt.NDArray[np.float64],
         body: LanguageModel,
         group: Group,
+        table: WholeTable | None,
     ) -> None:
         self._trainable, self._config, self._frequencies = trainable, config, frequencies
-        self._body, self._group = body, group
+        self._body, self._group, self._table = body, group, table
+        self.largest_group = group.capacity
 
     @classmethod
-    def build(
-        cls, trainable: Trainable, config: Config, frequencies: npt.NDArray[np.float64]
-    ) -> GroupTrainer | None:
+    def build(cls, trainable: Trainable, config: Config, frequencies: npt.NDArray[np.float64]) -> GroupTrainer | None:
         """Return a trainer of groups, or None when this model or loss needs one device at a time."""
-        if config.loss.kind == "full_softmax" and config.trainable.embedding_rows.count:
-            return None  # every device has a whole table of its own
-        group = Group(trainable, config.execution.group_size)
+        needs_table = config.loss.kind == "full_softmax" and config.trainable.embedding_rows.count > 0
+        largest_batch = config.local.batch_size * config.data.sequence_length
+        if needs_table and largest_batch * trainable.model.vocabulary_size > MOST_SCORES:
+            return None
+        capacity = 1 if needs_table else config.execution.group_size
+        group = Group(trainable, capacity, is_half=config.execution.products == "bf16")
         body = group_body(trainable.model, group)
-        return None if body is None else cls(trainable, config, frequencies, body, group)
+        table = WholeTable(trainable.model) if needs_table else None
+        return None if body is None else cls(trainable, config, frequencies, body, group, table)
 
     def start_round(self, spec: UpdateSpec, blocks: Mapping[str, Vector]) -> None:
         """Prepare for the devices of one round; see `LocalTrainer.start_round`."""
         self._round = RoundWork(self._trainable.model, self._config, self._frequencies, spec, blocks)
-        self._initial = torch.from_numpy(
-            np.concatenate([blocks[b.name].ravel() for b in spec.blocks if b.kind != "rows"] or [np.empty(0, np.float32)])
-        )  # (F,)
+        if self._table is not None:
+            self._table.start_round(self._round)
 
     def train(
         self, tokens: Sequence[npt.NDArray[np.int32]], *, key: bytes, devices: Sequence[int]
@@ -94,7 +101,7 @@ class GroupTrainer:
         """Train a group.
 
         Arguments:
-            tokens: Each device's token stream (n,); at most `execution.group_size` of them.
+            tokens: Each device's token stream (n,); at most `largest_group` of them.
             key: The round's key.
             devices: Their numbers.
 
@@ -113,17 +120,17 @@ class _Program:
 
     def __init__(self, trainer: GroupTrainer, work: Sequence[DeviceWork]) -> None:
         self._config, self._round = trainer._config, trainer._round
-        self._body, self._group, self._initial = trainer._body, trainer._group, trainer._initial
+        self._body, self._group = trainer._body, trainer._group
         self._work = work
         model = trainer._trainable.model
         kind = OwnRows if self._round.spec.row_blocks else CommonRows
-        self._rows: CommonRows | OwnRows = kind(model, self._round)
+        self._rows: CommonRows | OwnRows | WholeTable = trainer._table or kind(model, self._round)
         self._output_name = OUTPUT_TABLE if not model.tied else INPUT_TABLE
         self._places = self._rows.open([_occurrences(w) for w in work])
         self._read = [0] * len(work)  # occurrences of each device that its steps have used
         self._losses: list[list[float]] = [[] for _ in work]
         self._counts = [0] * len(work)
-        self._group.values[: len(work)] = self._initial
+        self._group.load(self._round.blocks)
         self._group.dropouts = [torch.Generator().manual_seed(w.dropout_seed) for w in work]
 
     def run(self) -> list[GroupResult]:
@@ -131,7 +138,8 @@ class _Program:
         num_steps = max((len(w.batches) for w in self._work), default=0)
         for step in range(num_steps):
             self._step(step, sum(len(w.batches) > step for w in self._work))
-        return [self._result(g) for g in range(len(self._work))]
+        changes = self._group.changes(len(self._work))  # (G, F)
+        return [self._result(g, changes[g]) for g in range(len(self._work))]
 
     def _step(self, step: int, num_active: int) -> None:
         batches = [w.batches[step] for w in self._work[:num_active]]
@@ -174,15 +182,19 @@ class _Program:
         target = _stacked(targets, (N,), self._rows.spare)  # (G, N)
         is_real = torch.arange(N) < counts[:, None]  # (G, N)
         weights = is_real / counts.clamp(min=1)[:, None]  # (G, N)
-        if self._config.loss.kind == "full_softmax":
-            leaves = []
+        local, leaves = self._config.local, list[_Leaf]()
+        if isinstance(self._rows, WholeTable):
+            losses = self._rows.loss(
+                states[0], target[0], weights[0], chunk=self._config.loss.chunk,
+                row_rate=local.row_learning_rate, rate=local.learning_rate,
+            )[None]  # fmt: skip
+        elif self._config.loss.kind == "full_softmax":
             losses = full_losses(states, weights, target, self._rows.output, self._rows.bias, self._config.loss.chunk)
         else:
             negative = torch.from_numpy(np.stack([p.negatives for p in places]))  # (G, K)
             losses, leaves = self._sampled(states, weights, target, negative)
         if losses.requires_grad:
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        local = self._config.local
         self._group.descend(local.learning_rate)
         for leaf in [inputs, *leaves] if self._rows.train else ():
             assert leaf.rows.grad is not None
@@ -190,9 +202,7 @@ class _Program:
             self._rows.descend(leaf.name, leaf.places, leaf.rows.grad, rate)
         return losses.detach()
 
-    def _sampled(
-        self, states: Tensor, weights: Tensor, target: Tensor, negative: Tensor
-    ) -> tuple[Tensor, list[_Leaf]]:
+    def _sampled(self, states: Tensor, weights: Tensor, target: Tensor, negative: Tensor) -> tuple[Tensor, list[_Leaf]]:
         """Return the losses (G,) and the rows that they were computed from."""
         rows, kind = self._rows, self._config.loss.kind
         leaves, sides = [], []
@@ -209,12 +219,11 @@ class _Program:
         losses = sampled_losses(kind, states, weights, sides[0], sides[1], is_hit)
         return losses, leaves
 
-    def _result(self, g: int) -> GroupResult:
-        fixed = Part(0, (self._group.values[g] - self._initial).numpy())
+    def _result(self, g: int, fixed: Vector) -> GroupResult:
         losses = self._losses[g]
         mean = float(np.mean(losses)) if losses else 0.0
         return GroupResult(
-            [fixed, *self._rows.parts(self._places[g], self._round.spec)], mean, self._counts[g]
+            [Part(0, fixed), *self._rows.parts(self._places[g], self._round.spec)], mean, self._counts[g]
         )
 
 

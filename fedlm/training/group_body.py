@@ -2,8 +2,8 @@
 each device's own tensors stand beside them in a batch dimension.
 
 A grouped body is the model's own module tree with its leaves exchanged, so there is one description of each model.
-A leaf keeps the values of what trains in it for all devices, (G, ...), as views of one (G, F) matrix, which holds the
-fixed part of G update vectors; gradients have a matrix of the same layout, and plain SGD is one subtraction.
+A leaf has values and gradients (G, ...) of what trains in it; its backward pass leaves the gradients there, and
+autograd sees activations alone.
 
 Shape legend: G devices, of which the first `num_active` still have batches; S sequences of a device, T tokens,
 N = S T; rows of the body's input are device by device, (G S, T, D).
@@ -12,8 +12,10 @@ N = S T; rows of the body's input are device by device, (G S, T, D).
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from fedlm.models.base import LanguageModel
 from fedlm.models.layers import Dropout, Positions, keep_mask
 from fedlm.trainable.build import Trainable
-from fedlm.trainable.spec import Block
+from fedlm.trainable.spec import Block, Vector
 
 _NO_GRADIENT = torch.zeros((), requires_grad=True)  # makes a leaf whose input has no gradient part of the graph
 
@@ -33,17 +35,15 @@ class Group:
     Arguments:
         trainable: The model and what trains in it.
         capacity: Most devices of a group.
+        is_half: Frozen weights, and what they multiply, are rounded to bf16.
     """
 
-    def __init__(self, trainable: Trainable, capacity: int) -> None:
-        blocks = [block for block in trainable.spec.blocks if block.kind != "rows"]
-        size = trainable.spec.fixed_size
-        self.values = torch.empty(capacity, size)  # (G, F)
-        self._gradients = torch.empty(capacity, size)  # (G, F)
-        self.num_active = 0
+    def __init__(self, trainable: Trainable, capacity: int, *, is_half: bool = False) -> None:
+        self.capacity, self.num_active, self.is_half = capacity, 0, is_half
         self.dropouts: list[torch.Generator] = []
         self.sizes: list[tuple[int, int]] = []  # (sequences, tokens) of each active device's batch, without padding
-        self._slots = {id(trainable.parameters[block.name]): _Slot(self, block) for block in blocks}
+        fixed = [block for block in trainable.spec.blocks if block.kind != "rows"]
+        self._slots = {id(trainable.parameters[b.name]): _Slot(self, b, capacity) for b in fixed}
 
     def slot(self, parameter: Tensor | None) -> _Slot | None:
         """Return the devices' values of a parameter of the model, or None if it does not train."""
@@ -53,10 +53,15 @@ class Group:
         """Return the ids of the parameters that train."""
         return set(self._slots)
 
-    def matrix(self, block: Block, *, gradients: bool) -> Tensor:
-        """Return a block's part of the values or gradients, (G, ...), sharing memory."""
-        source = self._gradients if gradients else self.values
-        return source[:, block.offset : block.offset + block.size].view(-1, *block.shape)
+    def load(self, blocks: Mapping[str, Vector]) -> None:
+        """Give every device the current values."""
+        for slot in self._slots.values():
+            slot.load(blocks[slot.block.name])
+
+    def changes(self, num_devices: int) -> Vector:
+        """Return the fixed parts of the devices' updates (G, F): new minus old values."""
+        parts = [slot.change(num_devices) for slot in self._slots.values()]
+        return torch.cat(parts, 1).numpy() if parts else np.empty((num_devices, 0), np.float32)
 
     def start_step(self, num_active: int, sizes: list[tuple[int, int]]) -> None:
         """Begin a step of the first `num_active` devices."""
@@ -75,11 +80,21 @@ class Group:
 class _Slot:
     """One trained tensor of every device in a group."""
 
-    def __init__(self, group: Group, block: Block) -> None:
-        self._group = group
-        self._values = group.matrix(block, gradients=False)
-        self._gradients = group.matrix(block, gradients=True)
+    def __init__(self, group: Group, block: Block, capacity: int) -> None:
+        self._group, self.block = group, block
+        self._values = torch.empty(capacity, *block.shape)
+        self._gradients = torch.empty(capacity, *block.shape)
+        self._initial = torch.empty(block.shape)
         self.is_fresh = True  # nothing of this step is in the gradient yet
+
+    def load(self, values: Vector) -> None:
+        """Set all devices to the same values."""
+        self._initial = torch.from_numpy(values)
+        self._values.copy_(self._initial)
+
+    def change(self, num_devices: int) -> Tensor:
+        """Return how the devices' values have changed since `load`, (G, size)."""
+        return (self._values[:num_devices] - self._initial).flatten(1)
 
     @property
     def value(self) -> Tensor:
@@ -158,17 +173,19 @@ class GroupLinear(nn.Module):
         self.group = group
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         self.weight_slot, self.bias_slot = group.slot(linear.weight), group.slot(linear.bias)
+        is_half = group.is_half and self.weight_slot is None
+        self.rounded = self.weight.bfloat16() if is_half else None  # (out, in)
         self.a_slot = self.b_slot = self.a = None
         self.scale = 0.0
         if lora is not None:
-            factor_a, factor_b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+            factor_a, factor_b = (_plain_linear(f["default"]).weight for f in (lora.lora_A, lora.lora_B))
             self.a, self.scale = factor_a.detach(), float(lora.scaling["default"])
             self.a_slot, self.b_slot = group.slot(factor_a), group.slot(factor_b)
-        self._trains = any((self.weight_slot, self.bias_slot, self.b_slot))
+        self._is_plain = self.rounded is None and not any((self.weight_slot, self.bias_slot, self.b_slot))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (G S, ..., in) to (G S, ..., out)."""
-        if not self._trains:
+        if self._is_plain:
             return F.linear(x, self.weight, self.bias)
         y: Tensor = _Linear.apply(x, _NO_GRADIENT, self)  # type: ignore[no-untyped-call]
         return y
@@ -181,7 +198,11 @@ class GroupLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + b of each device: (G, N, in) to (G, N, out)."""
         common_bias = self.bias if self.bias_slot is None else None
-        if self.weight_slot is None:
+        if self.rounded is not None:
+            y = (x.flatten(0, 1).bfloat16() @ self.rounded.T).float().view(*x.shape[:2], -1)
+            if common_bias is not None:
+                y += common_bias
+        elif self.weight_slot is None:
             y = F.linear(x.flatten(0, 1), self.weight, common_bias).view(*x.shape[:2], -1)
         else:
             y = torch.bmm(x, self.weight_slot.value.transpose(1, 2))
@@ -193,6 +214,8 @@ class GroupLinear(nn.Module):
         """Return grad W: (G, N, out) to (G, N, in)."""
         if self.weight_slot is not None:
             return torch.bmm(grad, self.weight_slot.value)
+        if self.rounded is not None:
+            return (grad.flatten(0, 1).bfloat16() @ self.rounded).float().view(*grad.shape[:2], -1)
         return (grad.flatten(0, 1) @ self.weight).view(*grad.shape[:2], -1)
 
 

@@ -72,11 +72,7 @@ class OwnRows:
     def __init__(self, model: LanguageModel, work: RoundWork) -> None:
         self._slot, self._log_expected = work.slot, work.log_expected
         self._local = np.empty(len(work.slot), np.int64)  # (V,) scratch
-        self._sources = {INPUT_TABLE: model.input_table}
-        if not model.tied:
-            self._sources[OUTPUT_TABLE] = model.output_table
-        if model.output_bias is not None:
-            self._sources[OUTPUT_BIAS] = model.output_bias
+        self._sources = tables_of(model)
 
     def open(self, occurrences: Sequence[RowIds]) -> list[Places]:
         """Copy each device's rows; return where they stand.
@@ -140,6 +136,16 @@ class OwnRows:
         self.input = self._tables[INPUT_TABLE]
         self.output = self._tables.get(OUTPUT_TABLE, self.input)
         self.bias = self._tables.get(OUTPUT_BIAS)
+
+
+def tables_of(model: LanguageModel) -> dict[str, Tensor]:
+    """Return the model's tables by the names of their blocks."""
+    tables = {INPUT_TABLE: model.input_table}
+    if not model.tied:
+        tables[OUTPUT_TABLE] = model.output_table
+    if model.output_bias is not None:
+        tables[OUTPUT_BIAS] = model.output_bias
+    return tables
 
 
 def embedding_of(table: Tensor, index: Tensor) -> Tensor:
