@@ -5,8 +5,7 @@ anything is added to it. Integer sums are associative, therefore
 
 * the sum has the same bits for any number of workers, any grouping and any order of arrival, and
 * the rounding of one device's contribution does not depend on who else is in the cohort. In a floating-point
-sum it
-  does: adding one device changes how all others round, so two neighbouring sums differ by more than one
+  sum it does: adding one device changes how all others round, so two neighbouring sums differ by more than one
   clipped update, and the sensitivity that the noise is calibrated to is not the true one.
 
 Truncation is toward zero and the clip leaves a margin of 2^-20 for the rounding of the norm and of the
@@ -16,6 +15,7 @@ factor, so the integer vector of a device has an exact L2 norm of at most 2^40 u
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy.ranges import require_count, require_number
+from fedlm.trainable.parts import Part, check_parts
 
 FRACTION_BITS = 40
 CAPACITY = 2**22
@@ -34,6 +35,9 @@ _MARGIN = 2.0**-20
 _ARRIVAL_MARGIN = 2.0**-30
 _UNCLIPPED_PEAK = float(2**62 // CAPACITY_UNCLIPPED) / _UNITS
 _CHUNK = 16_384
+# Devices whose integers are added up in fp64 before they join the sum: at most 2^46 units each (without clipping), and
+# 2^6 of those stay below 2^53, where fp64 is exact.
+_BATCH = 64
 # OpenBLAS splits longer dot products over threads, and the last bit of the norm would then depend on their
 # number.
 _DOT = 8_192
@@ -105,7 +109,7 @@ class ClippedSum:
         | no clipping, a coordinate beyond 64 in size | zero (it could overflow) | finite=False |
     """
 
-    __slots__ = ("_clipper", "_fixed", "_num_devices", "_size", "_vector", "_wide")
+    __slots__ = ("_clipper", "_fixed", "_num_devices", "_size", "_subtotal", "_vector", "_wide")
 
     def __init__(self, size: int, clipper: Clipper, *, token: object = None) -> None:
         """Only `Clipper` calls this."""
@@ -116,6 +120,7 @@ class ClippedSum:
         self._num_devices = 0
         self._vector: IntVector | None = np.zeros(size, np.int64)  # (P,)
         self._wide = np.empty(min(size, _CHUNK), np.float64)
+        self._subtotal = np.empty(min(size, _CHUNK), np.float64)
         self._fixed = np.empty(min(size, _CHUNK), np.int64)
 
     @property
@@ -146,21 +151,56 @@ class ClippedSum:
             DataError: Wrong type, dtype or size.
             ConfigError: More devices than the sum can hold.
         """
+        self._require_fp32(update, (self._size,))
+        return self.add_many(update[np.newaxis])[0]
+
+    def add_many(self, updates: FloatVector) -> list[ClipRecord]:
+        """Clip the whole updates of some devices, each by itself, and add them: the bits of one `add` for each.
+
+        Arguments:
+            updates: (G, P) fp32, one device a row, before any clipping.
+
+        Returns:
+            For each device what `add` returns.
+
+        Raises:
+            DataError: Wrong type, dtype or shape; nothing was added.
+            ConfigError: More devices than the sum can hold; nothing was added.
+        """
+        self._require_fp32(updates, (len(updates) if np.ndim(updates) else 0, self._size))
+        self._live()
+        self._reserve(len(updates))
+        records: list[ClipRecord] = []
+        for start in range(0, len(updates), _BATCH):
+            records += self._add_batch(updates[start : start + _BATCH])
+        return records
+
+    def add_parts(self, parts: Sequence[Part]) -> ClipRecord:
+        """Clip one device's whole update, given as the parts in which it differs from zero, and add it.
+
+        Arguments:
+            parts: In the order of their offsets, without overlap.
+
+        Returns:
+            What `add` returns; the norm may differ from that of the whole vector in the last bits of fp64.
+
+        Raises:
+            DataError: Wrong types, overlapping parts, or parts outside the vector; nothing was added.
+            ConfigError: More devices than the sum can hold; nothing was added.
+        """
         total = self._live()
-        if type(update) is not np.ndarray or update.dtype != np.float32 or update.shape != (self._size,):
-            found = f"{getattr(update, 'dtype', type(update).__name__)} {getattr(update, 'shape', '')}".strip()
-            raise DataError(f"update is {found}, must be a plain float32 array of shape ({self._size},)")
+        check_parts(parts, self._size)
         self._reserve(1)
-        squares = self._squares(update)
-        norm = math.sqrt(math.fsum(squares))
+        values = [part.values.reshape(-1) for part in parts]
+        squares = [square for vector in values for square in self._squares(vector)]
+        norm, limit = math.sqrt(math.fsum(squares)), self.clip_norm * (1 - _MARGIN)
+        finite, clipped = all(self._fits(vector, norm) for vector in values), norm > limit
         self._num_devices += 1
-        if not self._fits(update, norm):
-            return ClipRecord(norm=norm, clipped=False, finite=False)
-        limit = self.clip_norm * (1 - _MARGIN)
-        clipped = norm > limit
-        factor = (limit / norm if clipped else 1.0) / self._clipper.unit
-        self._accumulate(total, update, factor, squares)
-        return ClipRecord(norm=norm, clipped=clipped, finite=True)
+        if finite:
+            factor = (limit / norm if clipped else 1.0) / self._clipper.unit
+            for part in parts:
+                part.add_to(total, (part.values.astype(np.float64) * factor).astype(np.int64))  # truncates toward zero
+        return ClipRecord(norm=norm, clipped=finite and clipped, finite=finite)
 
     def add_sum(self, other: ClippedSum) -> None:
         """Add another sum of the same plan and size, and empty it, so that it cannot be counted twice.
@@ -241,34 +281,68 @@ class ClippedSum:
                 f"allowed are {self._clipper.capacity:,}; use a smaller fleet.cohort"
             )
 
+    def _require_fp32(self, array: FloatVector, shape: tuple[int, ...]) -> None:
+        if type(array) is not np.ndarray or array.dtype != np.float32 or array.shape != shape:
+            found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}".strip()
+            wanted = f"({', '.join(map(str, shape))},)" if len(shape) == 1 else f"(devices, {self._size})"
+            raise DataError(f"update is {found}, must be a plain float32 array of shape {wanted}")
+
     def _squares(self, vector: FloatVector | IntVector) -> list[float]:
         """Return the sum of squares of each chunk, in fp64; not finite exactly where the chunk is not."""
         squares = []
         with np.errstate(all="ignore"):
-            for start in range(0, self._size, _CHUNK):
+            for start in range(0, vector.size, _CHUNK):
                 chunk = vector[start : start + _CHUNK]
                 wide = self._wide[: chunk.size]
                 np.copyto(wide, chunk)
                 squares.append(float(np.dot(wide[:_DOT], wide[:_DOT])) + float(np.dot(wide[_DOT:], wide[_DOT:])))
         return squares
 
+    def _add_batch(self, updates: FloatVector) -> list[ClipRecord]:
+        """Clip and add at most `_BATCH` updates (G, P)."""
+        limit = self.clip_norm * (1 - _MARGIN)
+        records, parts = [], []
+        for update in updates:
+            squares = self._squares(update)
+            norm = math.sqrt(math.fsum(squares))
+            finite, clipped = self._fits(update, norm), norm > limit
+            records.append(ClipRecord(norm=norm, clipped=finite and clipped, finite=finite))
+            if finite:
+                parts.append((update, (limit / norm if clipped else 1.0) / self._clipper.unit, squares))
+        self._accumulate(parts)
+        self._num_devices += len(updates)
+        return records
+
     def _fits(self, update: FloatVector, norm: float) -> bool:
         """Return whether the update is finite and, without clipping, small enough never to overflow."""
         if not math.isfinite(norm) or self.clip_norm != math.inf:
             return math.isfinite(norm)
-        return max(float(update.max()), -float(update.min())) <= _UNCLIPPED_PEAK
+        return not update.size or max(float(update.max()), -float(update.min())) <= _UNCLIPPED_PEAK
 
-    def _accumulate(self, total: IntVector, update: FloatVector, factor: float, squares: list[float]) -> None:
-        """Add trunc(update * factor) chunk by chunk; chunks that are exactly zero are skipped."""
-        for index, square in enumerate(squares):
-            if square == 0.0:
-                continue
-            part = slice(index * _CHUNK, (index + 1) * _CHUNK)
-            chunk = update[part]
-            fixed = self._fixed[: chunk.size]
-            # Multiplies in fp64; the cast to int64 truncates toward zero.
-            np.multiply(chunk, factor, out=fixed, dtype=np.float64, casting="unsafe")
-            np.add(total[part], fixed, out=total[part])
+    def _accumulate(self, parts: list[tuple[FloatVector, float, list[float]]]) -> None:
+        """Add trunc(update * factor) of each `(update, factor, squares)`; chunks that are exactly zero are skipped.
+
+        Chunk by chunk, so that a chunk of the sum is read and written once for all of them.
+        """
+        total = self._live()
+        for index, start in enumerate(range(0, self._size, _CHUNK)):
+            size = min(_CHUNK, self._size - start)
+            subtotal, wide, fixed = self._subtotal[:size], self._wide[:size], self._fixed[:size]
+            is_empty = True
+            for update, factor, squares in parts:
+                if squares[index] == 0.0:
+                    continue
+                np.copyto(wide, update[start : start + size])
+                np.multiply(wide, factor, out=wide)
+                if is_empty:
+                    np.trunc(wide, out=subtotal)
+                else:
+                    np.add(subtotal, np.trunc(wide, out=wide), out=subtotal)
+                is_empty = False
+            if not is_empty:
+                np.copyto(fixed, subtotal, casting="unsafe")
+                chunk = total[start : start + size]
+                np.add(chunk, fixed, out=chunk)
 
     def _check_magnitude(self) -> None:
         vector = self._live()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedlm.config.schema import Config, LoraConfig, LossConfig
 from fedlm.data.vocabulary import load_vocabulary
@@ -238,7 +239,8 @@ def _traced(
     """Return the trace of a model in which exactly the parameters of these names train."""
     shapes = shapes_of(model)
     if not trained <= dict(shapes.named_parameters()).keys():  # no adapters yet
-        inject_adapter(shapes, lora)
+        with torch.random.fork_rng(devices=[]):  # peft draws initial values from the global generator
+            inject_adapter(shapes, lora)
         shapes.to("meta")
     for name, parameter in shapes.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -4,7 +4,7 @@ The update of each device is that of `local.py` up to rounding: the same batches
 same plain SGD. The frozen base multiplies the tokens of all devices at once, LoRA factors, biases and rows are batched
 beside it, and a device without batches left drops out of the group, which stands in the order of the devices' steps.
 
-What the batched program cannot do (`GroupTrainer.build` returns None) is left to `local.py`.
+What the batched program cannot do (`why_not_grouped`) is left to `local.py`.
 
 Shape legend: G devices, S sequences of one device in a step, T tokens, N targets of one device (padded), K negatives.
 """
@@ -24,12 +24,11 @@ from torch.nn.functional import embedding
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.losses.grouped import full_losses, sampled_losses
-from fedlm.models.base import LanguageModel
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
+from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
-from fedlm.training.group_body import Group, group_body
+from fedlm.training.group_body import Group, group_body, unknown_tensors
 from fedlm.training.group_rows import CommonRows, OwnRows
-from fedlm.training.parts import Part
 from fedlm.training.whole_table import WholeTable
 from fedlm.training.work import DeviceWork, RoundWork
 
@@ -51,6 +50,20 @@ class GroupResult:
     num_tokens: int
 
 
+def why_not_grouped(trainable: Trainable, config: Config) -> str:
+    """Return why the devices of this experiment have to train one by one; empty when they need not."""
+    if unknown := unknown_tensors(trainable):
+        return f"groups cannot train {unknown[0]} ({len(unknown)} such tensors)"
+    scores = config.local.batch_size * config.data.sequence_length * trainable.model.vocabulary_size
+    if _needs_whole_table(config) and scores > MOST_SCORES:
+        return f"the scores of a batch, {4 * scores / 2**20:.0f} MiB, are more than {4 * MOST_SCORES / 2**20:.0f}"
+    return ""
+
+
+def _needs_whole_table(config: Config) -> bool:
+    return config.loss.kind == "full_softmax" and config.trainable.embedding_rows.count > 0
+
+
 class GroupTrainer:
     """Trains groups of devices on a model in this process.
 
@@ -58,36 +71,15 @@ class GroupTrainer:
         trainable: The model and what trains in it; its tables must be bound to the current blocks.
         config: The experiment.
         frequencies: Public word frequencies (V,).
-        body: The grouped body of the model.
-        group: What its leaves hold.
-        table: A device's own tables, when it needs them whole.
     """
 
-    def __init__(
-        self,
-        trainable: Trainable,
-        config: Config,
-        frequencies: npt.NDArray[np.float64],
-        body: LanguageModel,
-        group: Group,
-        table: WholeTable | None,
-    ) -> None:
+    def __init__(self, trainable: Trainable, config: Config, frequencies: npt.NDArray[np.float64]) -> None:
+        assert not why_not_grouped(trainable, config)
         self._trainable, self._config, self._frequencies = trainable, config, frequencies
-        self._body, self._group, self._table = body, group, table
-        self.largest_group = group.capacity
-
-    @classmethod
-    def build(cls, trainable: Trainable, config: Config, frequencies: npt.NDArray[np.float64]) -> GroupTrainer | None:
-        """Return a trainer of groups, or None when this model or loss needs one device at a time."""
-        needs_table = config.loss.kind == "full_softmax" and config.trainable.embedding_rows.count > 0
-        largest_batch = config.local.batch_size * config.data.sequence_length
-        if needs_table and largest_batch * trainable.model.vocabulary_size > MOST_SCORES:
-            return None
-        capacity = 1 if needs_table else config.execution.group_size
-        group = Group(trainable, capacity, is_half=config.execution.products == "bf16")
-        body = group_body(trainable.model, group)
-        table = WholeTable(trainable.model) if needs_table else None
-        return None if body is None else cls(trainable, config, frequencies, body, group, table)
+        self._table = WholeTable(trainable.model) if _needs_whole_table(config) else None
+        self.largest_group = 1 if self._table else config.execution.group_size
+        self._group = Group(trainable, self.largest_group, is_rounded=config.execution.products == "bf16")
+        self._body = group_body(trainable.model, self._group)
 
     def start_round(self, spec: UpdateSpec, blocks: Mapping[str, Vector]) -> None:
         """Prepare for the devices of one round; see `LocalTrainer.start_round`."""

@@ -12,7 +12,7 @@ N = S T; rows of the body's input are device by device, (G S, T, D).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,11 @@ class Group:
     Arguments:
         trainable: The model and what trains in it.
         capacity: Most devices of a group.
-        is_half: Frozen weights, and what they multiply, are rounded to bf16.
+        is_rounded: Frozen weights, and what they multiply, are rounded to bf16.
     """
 
-    def __init__(self, trainable: Trainable, capacity: int, *, is_half: bool = False) -> None:
-        self.capacity, self.num_active, self.is_half = capacity, 0, is_half
+    def __init__(self, trainable: Trainable, capacity: int, *, is_rounded: bool = False) -> None:
+        self.capacity, self.num_active, self.is_rounded = capacity, 0, is_rounded
         self.dropouts: list[torch.Generator] = []
         self.sizes: list[tuple[int, int]] = []  # (sequences, tokens) of each active device's batch, without padding
         fixed = [block for block in trainable.spec.blocks if block.kind != "rows"]
@@ -48,10 +48,6 @@ class Group:
     def slot(self, parameter: Tensor | None) -> _Slot | None:
         """Return the devices' values of a parameter of the model, or None if it does not train."""
         return None if parameter is None else self._slots.get(id(parameter))
-
-    def names(self) -> set[int]:
-        """Return the ids of the parameters that train."""
-        return set(self._slots)
 
     def load(self, blocks: Mapping[str, Vector]) -> None:
         """Give every device the current values."""
@@ -119,39 +115,28 @@ class _Slot:
         self.gradient[:, : gradient.shape[1]].add_(gradient)
 
 
-def group_body(model: LanguageModel, group: Group) -> LanguageModel | None:
-    """Return the model with its leaves exchanged for those of a group; None if it trains something no leaf knows.
+def unknown_tensors(trainable: Trainable) -> list[str]:
+    """Return the trained tensors that no leaf of a grouped body knows."""
+    leaves = [module for module in trainable.model.modules() if isinstance(module, tuple(_LEAVES))]
+    known = {id(parameter) for leaf in leaves for parameter in leaf.parameters()}
+    return [name for name, parameter in trainable.parameters.items() if id(parameter) not in known]
 
-    The result shares all frozen weights and tables with `model`.
-    """
-    reached: set[int] = set()
+
+def group_body(model: LanguageModel, group: Group) -> LanguageModel:
+    """Return the model with its leaves exchanged for those of a group; it shares all frozen weights and tables."""
 
     def exchange(module: nn.Module) -> nn.Module:
-        leaf = _leaf(module, group)
-        if leaf is not None:
-            reached.update(id(p) for p in module.parameters())
-            return leaf
+        for kind, new_leaf in _LEAVES.items():
+            if isinstance(module, kind):
+                leaf: nn.Module = new_leaf(module, group)
+                return leaf
         twin = copy.copy(module)
         twin.__dict__["_modules"] = {name: exchange(child) for name, child in module.named_children()}
         return twin
 
     body = exchange(model)
     assert isinstance(body, LanguageModel)
-    return body if group.names() <= reached else None
-
-
-def _leaf(module: nn.Module, group: Group) -> nn.Module | None:
-    if isinstance(module, LoraLinear):
-        return GroupLinear(_plain_linear(module.base_layer), group, module)
-    if isinstance(module, nn.Linear):
-        return GroupLinear(module, group, None)
-    if isinstance(module, nn.LayerNorm):
-        return GroupLayerNorm(module, group)
-    if isinstance(module, Positions):
-        return GroupPositions(module, group)
-    if isinstance(module, Dropout):
-        return GroupDropout(module, group)
-    return None
+    return body
 
 
 def _plain_linear(module: nn.Module) -> nn.Linear:
@@ -173,8 +158,8 @@ class GroupLinear(nn.Module):
         self.group = group
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         self.weight_slot, self.bias_slot = group.slot(linear.weight), group.slot(linear.bias)
-        is_half = group.is_half and self.weight_slot is None
-        self.rounded = self.weight.bfloat16() if is_half else None  # (out, in)
+        is_rounded = group.is_rounded and self.weight_slot is None
+        self.rounded = self.weight.bfloat16() if is_rounded else None  # (out, in)
         self.a_slot = self.b_slot = self.a = None
         self.scale = 0.0
         if lora is not None:
@@ -355,3 +340,12 @@ class _AddPositions(torch.autograd.Function):
 def _by_device(x: Tensor, group: Group) -> Tensor:
     """Return (G S, ..., D) as (G, N, D)."""
     return x.reshape(group.num_active, -1, x.shape[-1])
+
+
+_LEAVES: dict[type[nn.Module], Callable[[Any, Group], nn.Module]] = {
+    LoraLinear: lambda module, group: GroupLinear(_plain_linear(module.base_layer), group, module),
+    nn.Linear: lambda module, group: GroupLinear(module, group, None),
+    nn.LayerNorm: GroupLayerNorm,
+    Positions: GroupPositions,
+    Dropout: GroupDropout,
+}

@@ -16,8 +16,8 @@ from torch.nn.functional import embedding
 
 from fedlm.models.base import LanguageModel
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
+from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec
-from fedlm.training.parts import Part
 from fedlm.training.work import RoundWork
 
 

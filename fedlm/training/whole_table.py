@@ -18,9 +18,9 @@ from torch.nn.functional import embedding
 
 from fedlm.models.base import LanguageModel
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
+from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec
 from fedlm.training.group_rows import Places, tables_of
-from fedlm.training.parts import Part
 from fedlm.training.work import RoundWork
 
 

@@ -207,3 +207,47 @@ def test_sums_cannot_be_built_pickled_or_copied_around_the_clip() -> None:
 def test_clip_norms_out_of_range_are_refused(clip_norm: float) -> None:
     with pytest.raises(ConfigError, match="clip_norm"):
         Clipper(clip_norm)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32), num_devices=st.integers(0, 150), clip_norm=st.sampled_from([0.3, 1e-6, math.inf]))
+def test_many_at_once_are_the_bits_and_records_of_one_by_one(seed: int, num_devices: int, clip_norm: float) -> None:
+    rng = np.random.default_rng(seed)
+    updates = (rng.standard_normal((num_devices, 23)) * 10.0 ** rng.integers(-9, 3, (num_devices, 1))).astype(
+        np.float32
+    )
+    updates[rng.random(updates.shape) < 0.005] = rng.choice([np.nan, np.inf, -np.inf])
+    updates[rng.random(num_devices) < 0.1] = 0
+    together, apart = Clipper(clip_norm).new_sum(23), Clipper(clip_norm).new_sum(23)
+    records = together.add_many(updates)
+    assert repr(records) == repr([apart.add(update) for update in updates])  # NaN norms are not equal to themselves
+    assert integers(together) == integers(apart)
+    assert together.num_devices == apart.num_devices == num_devices
+
+
+def test_the_largest_contributions_add_up_exactly() -> None:
+    """A full batch at the bound: a subtotal in fp64 must not round, whatever is added to it last."""
+    updates = np.full((64, 1), 64, np.float32)
+    updates[-1] = np.nextafter(np.float32(64), np.float32(0))
+    total = Clipper(math.inf).new_sum(1)
+    total.add_many(updates)
+    assert integers(total) == [63 * 64 * UNITS + int(updates[-1, 0] * 2.0**40)]
+
+
+def test_many_of_the_wrong_shape_add_nothing() -> None:
+    total = Clipper(1.0).new_sum(2)
+    for updates in (np.ones(2, np.float32), np.ones((2, 3), np.float32), np.ones((1, 2)), [[1.0, 2.0]], None):
+        with pytest.raises(DataError, match=r"float32 array of shape \(devices, 2\)"):
+            total.add_many(updates)  # type: ignore[arg-type]
+    assert total.num_devices == 0
+
+
+def test_many_across_chunks_skip_what_is_zero() -> None:
+    size = 3 * 16_384 + 5
+    updates = np.random.default_rng(2).standard_normal((3, size)).astype(np.float32)
+    updates[0, 16_384:32_768] = updates[1, :16_384] = updates[:, 32_768:49_152] = 0
+    together, apart = Clipper(0.3).new_sum(size), Clipper(0.3).new_sum(size)
+    together.add_many(updates)
+    for update in updates[::-1]:
+        apart.add(update)
+    assert np.array_equal(together.to_arrays()[0], apart.to_arrays()[0])

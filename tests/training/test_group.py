@@ -16,11 +16,11 @@ from fedlm.models.factory import build_model
 from fedlm.models.pretrained import PretrainedModel
 from fedlm.randomness import round_key
 from fedlm.trainable.build import Trainable, build_trainable
+from fedlm.trainable.parts import dense
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import UpdateSpec, Vector
-from fedlm.training.group import GroupResult, GroupTrainer
+from fedlm.training.group import GroupResult, GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalResult, LocalTrainer
-from fedlm.training.parts import dense
 
 V, KEY = 60, round_key(1, 1)
 FREQUENCIES = 1 / np.arange(3.0, V + 3)
@@ -70,8 +70,7 @@ class Round:
         return [trainer.train(text, key=KEY, device=d) for d, text in enumerate(tokens)]
 
     def group_trainer(self) -> GroupTrainer:
-        trainer = GroupTrainer.build(self.trainable, self.config, FREQUENCIES)
-        assert trainer is not None
+        trainer = GroupTrainer(self.trainable, self.config, FREQUENCIES)
         trainer.start_round(self.spec, self.blocks)
         return trainer
 
@@ -147,8 +146,7 @@ def test_a_tensor_that_no_leaf_knows_trains_one_by_one() -> None:
     for kind, is_known in (("lora", True), ("dense", False)):
         c = config(*KINDS[kind])
         llama = PretrainedModel(LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)))
-        trainer = GroupTrainer.build(_trainable(c, llama), c, FREQUENCIES)
-        assert (trainer is not None) == is_known
+        assert (why_not_grouped(_trainable(c, llama), c) == "") == is_known
 
 
 def test_whole_model_with_the_full_softmax() -> None:
@@ -194,13 +192,9 @@ def test_a_diverging_device_leaves_its_group_alone() -> None:
     c = config(*KINDS["lora"], "loss.negatives_from=vocabulary")
     frequencies = FREQUENCIES.copy()
     frequencies[59] = 0  # nobody else draws it
-    trainers = [build(a_round.trainable, c, frequencies) for build in (LocalTrainer, GroupTrainer.build)]
-    for trainer in trainers:
-        assert trainer is not None
-        trainer.start_round(a_round.spec, a_round.blocks)
-    local, group = trainers
-    assert isinstance(local, LocalTrainer)
-    assert isinstance(group, GroupTrainer)
+    local, group = LocalTrainer(a_round.trainable, c, frequencies), GroupTrainer(a_round.trainable, c, frequencies)
+    local.start_round(a_round.spec, a_round.blocks)
+    group.start_round(a_round.spec, a_round.blocks)
     updates = [dense(r.parts, a_round.spec.size) for r in group.train(tokens, key=KEY, devices=range(3))]
     assert not np.isfinite(updates[0]).all()
     for d in (1, 2):
