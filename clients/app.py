@@ -6,14 +6,16 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.host import DeviceHost
+from clients.partial_sum import KeptSum
 from fedlm.config.load import config_from_toml
 from fedlm.experiment import Weights
 from fedlm.flower_records import from_records, to_records
-from fedlm.messages import Broadcast, EvaluateRequest, TrainRequest
+from fedlm.messages import Broadcast, EvaluateRequest, FlushRequest, TrainRequest
 
 app = ClientApp()
 
 _hosts: dict[str, DeviceHost] = {}
+_sums: dict[int, KeptSum] = {}  # by node: nodes in one process share the host, never the sum
 _shared_weights: Weights | None = None
 
 
@@ -25,10 +27,22 @@ def share_weights(weights: Weights) -> None:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the devices that the message names."""
+    """Train the devices that the message names; their sum stays here unless the message asks for it."""
     request = from_records(TrainRequest, "request", message.content)
-    reply = _host(context).train(from_records(Broadcast, "broadcast", message.content), request)
-    return Message(RecordDict(to_records("reply", reply)), reply_to=message)
+    kept = _sums.setdefault(context.node_id, KeptSum())
+    reply = _host(context).train(from_records(Broadcast, "broadcast", message.content), request, kept)
+    records = to_records("reply", reply)
+    if request.flush:
+        records |= to_records("sum", kept.flush(request.sum_name))
+    return Message(RecordDict(records), reply_to=message)
+
+
+@app.train("flush")
+def flush(message: Message, context: Context) -> Message:
+    """Send the sum that this node has kept."""
+    request = from_records(FlushRequest, "request", message.content)
+    partial = _sums.setdefault(context.node_id, KeptSum()).flush(request.sum_name)
+    return Message(RecordDict(to_records("sum", partial)), reply_to=message)
 
 
 @app.evaluate()

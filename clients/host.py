@@ -10,23 +10,29 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from clients.partial_sum import KeptSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
 from fedlm.experiment import Experiment, Weights, starts_from_base
 from fedlm.losses.evaluation import Score, score
 from fedlm.messages import (
     FROM_SCRATCH,
+    NOT_FINITE,
     Broadcast,
     EvaluateReply,
     EvaluateRequest,
     TrainReply,
     TrainRequest,
 )
-from fedlm.privacy.clipping import ClippedSum, Clipper, ClipRecord
+from fedlm.privacy.clipping import ClippedSum, ClipRecord
+from fedlm.training import products
+from fedlm.training.group import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
 
 UNKNOWN_VERSION = -2
@@ -51,53 +57,70 @@ class DeviceHost:
         is_own = weights is None and starts_from_base(config)
         self._blocks = self._trainable.initial_blocks(copy_tables=not is_own)
         self._trainable.bind_tables(self._blocks)
-        self._trainer = LocalTrainer(self._trainable, config, self._experiment.vocabulary.frequencies)
+        products.use(config.execution.products)
+        frequencies = self._experiment.vocabulary.frequencies
+        self._trainer = LocalTrainer(self._trainable, config, frequencies)
+        is_grouped = not why_not_grouped(self._trainable, config)
+        self._groups = GroupTrainer(self._trainable, config, frequencies) if is_grouped else None
         self._run, self._version, self._opened = "", 0, b""
 
-    def train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
-        """Train the requested devices and return the sum of their clipped updates."""
+    def train(self, broadcast: Broadcast, request: TrainRequest, kept: KeptSum) -> TrainReply:
+        """Train the requested devices and add their clipped updates to the node's sum."""
         with one_thread():
-            return self._train(broadcast, request)
+            return self._train(broadcast, request, kept)
 
     def evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
         """Score held-out users with the exact full softmax."""
         with one_thread():
             return self._evaluate(broadcast, request)
 
-    def _train(self, broadcast: Broadcast, request: TrainRequest) -> TrainReply:
-        empty = np.empty(0, np.int64)
+    def _train(self, broadcast: Broadcast, request: TrainRequest, kept: KeptSum) -> TrainReply:
+        outcome = _Outcome()
         if not self._apply(broadcast):
-            nothing = np.empty(0, np.float64)
-            return TrainReply(True, empty, 0, empty, nothing, nothing, empty, [], _peak_mb())
+            return outcome.reply(stale=True)
         if broadcast.key != self._opened:  # once a round, however many pieces of it come here
             self._spec, self._opened = self._trainable.spec.with_rows(broadcast.row_ids), broadcast.key
             self._trainer.start_round(self._spec, self._blocks)
-        total = Clipper(request.clip_norm).new_sum(self._spec.size)
-        trained: list[tuple[int, float, float]] = []
-        failed: dict[int, str] = {}
-        for device in request.devices.tolist():
-            try:
-                record, loss = self._train_device(total, broadcast.key, device)
-            except Exception as error:  # one device's failure must not cost the others their round
-                log.debug("device %d failed", device, exc_info=True)
-                failed[device] = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            if record.finite:
-                trained.append((device, record.norm, loss))
-            else:
-                failed[device] = "update not finite"
-        devices, norms, losses = zip(*trained, strict=True) if trained else ((), (), ())
-        return TrainReply(
-            stale=False,
-            total=total.to_arrays()[0],
-            num_devices=total.num_devices,
-            devices=np.array(devices, np.int64),
-            non_private_norms=np.array(norms, np.float64),
-            non_private_losses=np.array(losses, np.float64),
-            failed=np.array(list(failed), np.int64),
-            causes=list(failed.values()),
-            peak_mb=_peak_mb(),
-        )
+            if self._groups:
+                self._groups.start_round(self._spec, self._blocks)
+        with kept.piece(request, self._spec.size) as total:
+            for group in np.split(request.devices, np.cumsum(request.group_sizes)[:-1]):
+                self._train_group(total, broadcast.key, group.tolist(), outcome)
+        return outcome.reply(stale=False)
+
+    def _train_group(self, total: ClippedSum, key: bytes, devices: list[int], outcome: _Outcome) -> None:
+        """Train the devices of one group and add each clipped update to the sum."""
+        size = self._groups.largest_group if self._groups else 1
+        for start in range(0, len(devices), size):
+            part = devices[start : start + size]
+            if self._groups is None or not self._train_together(self._groups, total, key, part, outcome):
+                for device in part:
+                    self._train_alone(total, key, device, outcome)
+
+    def _train_together(
+        self, trainer: GroupTrainer, total: ClippedSum, key: bytes, devices: list[int], outcome: _Outcome
+    ) -> bool:
+        """Train devices in one program; False if it failed, for whatever reason, and nothing was added."""
+        try:
+            results = trainer.train([self._tokens(device) for device in devices], key=key, devices=devices)
+        except Exception:
+            log.debug("a group of %d devices failed; they train one by one", len(devices), exc_info=True)
+            return False
+        for device, result in zip(devices, results, strict=True):
+            outcome.add(device, total.add_parts(result.parts), result.loss)
+        return True
+
+    def _train_alone(self, total: ClippedSum, key: bytes, device: int, outcome: _Outcome) -> None:
+        try:
+            result = self._trainer.train(self._tokens(device), key=key, device=device)
+        except Exception as error:  # one device's failure must not cost the others their round
+            log.debug("device %d failed", device, exc_info=True)
+            outcome.failed[device] = f"{type(error).__name__}: {error}".splitlines()[0]
+            return
+        outcome.add(device, total.add(result.update), result.loss)
+
+    def _tokens(self, device: int) -> npt.NDArray[np.int32]:
+        return self._experiment.store.tokens(int(self._fleet[device]))
 
     def _evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
         if not self._apply(broadcast):
@@ -124,11 +147,6 @@ class DeviceHost:
         self._version = broadcast.to_version
         return True
 
-    def _train_device(self, total: ClippedSum, key: bytes, device: int) -> tuple[ClipRecord, float]:
-        tokens = self._experiment.store.tokens(int(self._fleet[device]))
-        result = self._trainer.train(tokens, key=key, device=device)
-        return total.add(result.update), result.loss
-
     @torch.no_grad()
     def _score_user(self, user: int) -> Score:
         model, store = self._trainable.model, self._experiment.store
@@ -149,6 +167,39 @@ class DeviceHost:
                 chunk=self._config.loss.chunk,
             )
         return total
+
+
+@dataclass
+class _Outcome:
+    """What became of a piece's devices.
+
+    Arguments:
+        trained: (device, norm before the clip, training loss) of each.
+        failed: Why, by device.
+    """
+
+    trained: list[tuple[int, float, float]] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def add(self, device: int, record: ClipRecord, loss: float) -> None:
+        """Note a device whose training ended; an update that was not finite has contributed zero."""
+        if record.finite:
+            self.trained.append((device, record.norm, loss))
+        else:
+            self.failed[device] = NOT_FINITE
+
+    def reply(self, *, stale: bool) -> TrainReply:
+        """Return what the server is told."""
+        devices, norms, losses = zip(*self.trained, strict=True) if self.trained else ((), (), ())
+        return TrainReply(
+            stale=stale,
+            devices=np.array(devices, np.int64),
+            non_private_norms=np.array(norms, np.float64),
+            non_private_losses=np.array(losses, np.float64),
+            failed=np.array(list(self.failed), np.int64),
+            causes=list(self.failed.values()),
+            peak_mb=_peak_mb(),
+        )
 
 
 @contextmanager

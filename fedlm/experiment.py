@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fedlm.config.schema import Config
 from fedlm.config.validate import validate_sizes
 from fedlm.data.store import TokenStore, build_store
 from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
-from fedlm.errors import ConfigError, DataError
+from fedlm.errors import ConfigError
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS, build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
@@ -53,17 +53,17 @@ class Experiment:
         vocabulary = vocabulary_from_tokenizer(pretrained.tokenizer, pretrained.vocabulary_size)
         return cls(config, vocabulary, build_store(config, vocabulary), pretrained)
 
-    @property
+    @cached_property
     def fleet(self) -> npt.NDArray[np.int64]:
-        """Users (N,) of the token store that are this fleet's devices: device d holds user `fleet[d]`."""
+        """Users (N,) of the token store: device d holds the text of user `fleet[d]`.
+
+        The rule is public: device d has training user d modulo their number. With more devices than training users
+        devices are copies, and what holds for one device does not hold for one user.
+        """
         users = self.store.users("train")
-        wanted = self.config.fleet.devices or len(users)
-        if wanted > len(users):
-            raise DataError(
-                f"fleet.devices is {wanted}, but {self.config.data.corpus} has {len(users)} training users; "
-                f"set fleet.devices to at most {len(users)}, or 0 for all"
-            )
-        return users[:wanted]
+        fleet = np.resize(users, self.config.fleet.devices or len(users))  # cyclic
+        fleet.flags.writeable = False
+        return fleet
 
     def model(self, weights: Weights | None = None) -> LanguageModel:
         """Build the model with the base's weights.

@@ -24,6 +24,7 @@ Message = TypeVar("Message")
 EMPTY_IDS: RowIds = np.empty(0, np.int64)
 EMPTY_VECTOR: Vector = np.empty(0, np.float32)
 FROM_SCRATCH = -1
+NOT_FINITE = "update not finite"  # the cause of a failure when an update holds NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,31 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Train these devices and return the sum of their clipped updates.
+    """Train these devices and add their clipped updates to the node's partial sum.
 
     Arguments:
-        devices: Device ids (U,).
+        devices: Device ids (U,), group after group.
+        group_sizes: (K,) devices of each group; a group trains together, and its bits depend on who is in it.
         clip_norm: C, the L2 bound on each update; infinite when the plan does not clip.
+        piece: Number of this piece of work in the round.
+        sum_name: Names the partial sum. A node keeps one; a request with another name begins a new one.
+        flush: Send the partial sum along with the reply.
     """
 
     devices: RowIds
+    group_sizes: RowIds
     clip_norm: float
+    piece: int = 0
+    sum_name: str = ""
+    flush: bool = True
 
 
 @dataclass(frozen=True)
 class TrainReply:
-    """A sum over devices, and what the simulation may look at.
+    """What became of a piece's devices, as far as the simulation may look at it; the updates are in the partial sum.
 
     Arguments:
         stale: The node could not apply the patch and did nothing.
-        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping`).
-        num_devices: Devices in the sum, those that contributed zero included.
         devices: (U,) devices that trained.
         non_private_norms: (U,) L2 norms before clipping. Simulation only, not private.
         non_private_losses: (U,) training losses. Simulation only, not private.
@@ -79,14 +86,34 @@ class TrainReply:
     """
 
     stale: bool
-    total: npt.NDArray[np.int64]
-    num_devices: int
     devices: RowIds
     non_private_norms: npt.NDArray[np.float64]
     non_private_losses: npt.NDArray[np.float64]
     failed: RowIds
     causes: list[str]
     peak_mb: float
+
+
+@dataclass(frozen=True)
+class FlushRequest:
+    """Send the partial sum of this name, and keep nothing of it."""
+
+    sum_name: str
+
+
+@dataclass(frozen=True)
+class PartialSum:
+    """What a node held: the sum over whole pieces, and which ones.
+
+    Arguments:
+        pieces: (K,) numbers of the pieces; empty when the node holds no sum of the name asked for.
+        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping`); empty with `pieces`.
+        num_devices: Devices in the sum, those that contributed zero included.
+    """
+
+    pieces: RowIds
+    total: npt.NDArray[np.int64]
+    num_devices: int
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -18,19 +20,37 @@ from fedlm.strategy import Strategy
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import Trainable
 from fedlm.training.base import base_folder, has_base
+from fedlm.training.group import why_not_grouped
 from fedlm.training.pretrain import pretrain
 from server.engine import Engine, Listener
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.strategies import BUILT_IN
+from server.turnout import EveryDevice, Fleet
 
+FleetMaker = Callable[[Experiment, Trainable], Fleet]
 app = ServerApp()
-_listener: Listener = lambda event: None  # noqa: E731  the null listener
 
 
-def listen(listener: Listener) -> None:
-    """Send this process's progress events to `listener`."""
-    global _listener
-    _listener = listener
+@dataclass(frozen=True)
+class Surroundings:
+    """What the program around a ServerApp gives it.
+
+    Arguments:
+        listener: Receives progress events.
+        fleet: Makes the fleet of an experiment and of what trains in it; None: real nodes, which all take part.
+    """
+
+    listener: Listener = lambda event: None
+    fleet: FleetMaker | None = None
+
+
+_surroundings = Surroundings()
+
+
+def surround(surroundings: Surroundings) -> None:
+    """Use these surroundings for every run of this process from now on."""
+    global _surroundings
+    _surroundings = surroundings
 
 
 @app.main()
@@ -44,9 +64,12 @@ def main(grid: Grid, context: Context) -> None:
     if resumes := bool(context.run_config.get("resume", False)):
         folder = RunFolder.open(out)
     else:
-        ensure_base(config, _listener)
+        ensure_base(config, _surroundings.listener)
     experiment = Experiment.open(config)
     trainable = experiment.trainable()
+    fleet = _fleet_of(experiment, trainable)
+    if reason := why_not_grouped(trainable, config):
+        _surroundings.listener({"event": "note", "text": f"devices train one by one: {reason}"})
     if not resumes:
         folder = new_folder(out, experiment, trainable)
     engine = Engine(
@@ -57,7 +80,8 @@ def main(grid: Grid, context: Context) -> None:
         spec=trainable.spec,
         values=trainable.initial_values(),
         folder=folder,
-        listener=_listener,
+        listener=_surroundings.listener,
+        fleet=fleet,
     )
     if resumes:
         engine.resume()
@@ -76,15 +100,30 @@ def default_run_path() -> Path:
 
 
 def plan_of(experiment: Experiment) -> PrivacyPlan:
-    """Return the privacy plan of an experiment."""
-    config = experiment.config
+    """Return the privacy plan of an experiment.
+
+    Over-selection samples a larger cohort, so the plan's cohorts, simulated and accounted, are the larger ones, and so
+    is the divisor.
+    """
+    config, sampled = experiment.config, experiment.config.fleet.sampled
     return PrivacyPlan.create(
-        config.privacy,
+        replace(config.privacy, expected_cohort=sampled(config.privacy.expected_cohort)),
         rounds=config.rounds,
         fleet_size=len(experiment.fleet),
-        cohort=config.fleet.cohort,
+        cohort=sampled(config.fleet.cohort),
         seed=config.seed,
     )
+
+
+def _fleet_of(experiment: Experiment, trainable: Trainable) -> Fleet:
+    if _surroundings.fleet:
+        return _surroundings.fleet(experiment, trainable)
+    if not experiment.config.fleet.is_unconstrained:
+        raise ConfigError(
+            "fleet.profile and fleet.memory_mb simulate devices, but this run has nodes of its own; "
+            "set fleet.profile = 'uniform' and fleet.memory_mb = 0, or use `fedlm simulate`"
+        )
+    return EveryDevice()
 
 
 def strategy_of(config: StrategyConfig) -> Strategy:

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from fedlm.config.load import config_hash
 from fedlm.data.batching import evaluation_users
-from fedlm.errors import ConfigError
+from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.flower_records import Records, from_records, to_records
 from fedlm.losses.evaluation import Score
@@ -31,6 +31,7 @@ from fedlm.messages import (
     Broadcast,
     EvaluateReply,
     EvaluateRequest,
+    PartialSum,
     TrainReply,
     TrainRequest,
 )
@@ -40,10 +41,15 @@ from fedlm.randomness import round_key, seed_key, stream
 from fedlm.strategy import Release, Strategy, StrategyState
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
+from fedlm.training.groups import group_devices
+from server.claim import devices_and_users, privacy_figures
+from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
+from server.exchange import Order
 from server.payload import DownloadMeter
 from server.rounds import CohortReport, json_number
 from server.run_folder import RunFolder
+from server.turnout import Fleet, RoundTask, Turnout
 
 Listener = Callable[[dict[str, object]], None]
 USERS_PER_EVALUATION = 8
@@ -61,6 +67,7 @@ class Engine:
         values: (P_full,) the base's values.
         folder: The run folder.
         listener: Receives progress events.
+        fleet: Decides which devices of a cohort take part.
     """
 
     def __init__(
@@ -74,13 +81,15 @@ class Engine:
         values: Vector,
         folder: RunFolder,
         listener: Listener,
+        fleet: Fleet,
     ) -> None:
         self._config = experiment.config
         self._experiment, self._plan, self._strategy, self._spec = experiment, plan, strategy, spec
-        self._folder, self._listener = folder, listener
+        self._folder, self._listener, self._fleet = folder, listener, fleet
         self._dispatcher = Dispatcher(grid, self._config.execution.worker_timeout_s, self._lost)
         self._state = strategy.init(spec, values)
         self._meter = DownloadMeter(spec, plan.fleet_size, self._config.rounds)
+        self._device_log = DeviceLog(folder.path, enabled=self._config.fleet.device_log)
         self._eval_requests = self._plan_evaluation()
         self._bytes_up = self._bytes_down = 0
         self._seconds_before, self._started = 0.0, time.monotonic()
@@ -109,13 +118,15 @@ class Engine:
         done, arrays, meta = checkpoint
         slots = {name.removeprefix("slot."): a for name, a in arrays.items() if name.startswith("slot.")}
         self._state = StrategyState(arrays["values"], slots, meta["num_steps"])
+        self._check_fleet()
         for t in range(1, done + 1):
-            self._meter_round(t, self._plan.sample_cohort(t), self._rows(t))
+            self._meter_round(t)
         for t, released in self._folder.releases(after=done):
-            self._meter_round(t, self._plan.sample_cohort(t), self._rows(t))
+            self._meter_round(t)
             self._step(t, self._plan.new_sum(self._spec_of(t).size), _replayed(released["mean"]))
             done = t
         self._round = done
+        self._device_log.rewind(done)
         self._mend_lines(done)
         self._folder.ledger({"event": "resume", "round": done, "time": _now()})
 
@@ -153,20 +164,23 @@ class Engine:
 
     def _train_round(self, t: int) -> None:
         self._round, started = t, time.monotonic()
-        cohort, spec = self._plan.sample_cohort(t), self._spec_of(t)
+        turnout = self._meter_round(t)
+        training = turnout.training
         with ThreadPoolExecutor(1) as side:
             side.submit(self._plan.epsilon, t)  # cached for the metrics: the accountant works while the nodes train
-            total, report = self._collect(t, cohort, spec)
-        if warning := report.warning(t):
+            total, report = self._collect(t, training, turnout.task.spec)
+        if warning := report.warning(t) or turnout.warning():
             self._listener({"event": "note", "text": warning})
-        up, down = self._meter_round(t, cohort, self._rows(t))
+        self._device_log.append(turnout)
         record: dict[str, Any] = {}
 
         def mean(total: ClippedSum) -> Vector:
             released = self._plan.release(total, t)
             seconds = time.monotonic() - started
-            metrics = self._round_metrics(t, released, report, seconds)
-            record.update(metrics=metrics, ledger=report.ledger_lines(t, up, down, seconds))
+            metrics = self._round_metrics(t, released, report, turnout, seconds)
+            up, down = int(turnout.bytes_up.sum()), int(turnout.bytes_down.sum())
+            *failures, summary = report.ledger_lines(t, up, down, seconds)
+            record.update(metrics=metrics, ledger=[*failures, turnout.complete(summary)])
             self._folder.write_release(t, {"mean": released}, record)
             return released
 
@@ -178,7 +192,7 @@ class Engine:
         score = self._evaluate() if self._due(t) else None
         line = self._metric_line(record["metrics"], score)
         self._folder.metric(line)
-        self._announce(t, line, len(cohort) / max(time.monotonic() - started, 1e-9))
+        self._announce(t, line, len(training) / max(time.monotonic() - started, 1e-9))
 
     def _step(self, t: int, total: ClippedSum, mean: Callable[[ClippedSum], Vector]) -> None:
         state = replace(self._state, total=None)
@@ -212,32 +226,29 @@ class Engine:
     def _collect(self, t: int, cohort: RowIds, spec: UpdateSpec) -> tuple[ClippedSum, CohortReport]:
         """Let the nodes train the cohort; returns the exact sum and what the simulation saw."""
         total, report = self._plan.new_sum(spec.size), CohortReport(len(cohort))
-        requests = [TrainRequest(part, self._plan.clip_norm) for part in self._pieces(cohort)]
-        for _, records in self._dispatch("train", requests, t - 1):
+
+        def take(partial: PartialSum) -> None:
+            fields = {"clip_norm": self._plan.clip_norm, "num_devices": partial.num_devices}
+            total.add_sum(self._plan.sum_from_arrays(partial.total, fields))
+
+        for index, records in self._dispatcher.train(self._order("train", t - 1), self._pieces(cohort), take):
             reply = from_records(TrainReply, "reply", records)
-            fields = {"clip_norm": self._plan.clip_norm, "num_devices": reply.num_devices}
-            total.add_sum(self._plan.sum_from_arrays(reply.total, fields))
-            report.add(reply)
+            report.add(index, reply)
             self._peak_mb = max(self._peak_mb, reply.peak_mb)
             self._listener({"event": "device_done", "round": t, "done": report.done, "total": len(cohort)})
+        report.figures = self._dispatcher.figures()
+        self._note_workers()
         return total, report
 
-    def _pieces(self, cohort: RowIds) -> list[RowIds]:
-        """Cut the cohort so that every node gets a few pieces; the cut does not change the sum."""
-        group = self._config.execution.group_size
-        wanted = -(-len(cohort) // (4 * max(len(self._dispatcher.wait_for_nodes()), 1)))
-        size = min(max(wanted, group), 16 * group)
-        return [cohort[start : start + size] for start in range(0, len(cohort), size)]
+    def _pieces(self, cohort: RowIds) -> list[TrainRequest]:
+        """Cut the cohort into pieces of whole groups; the groups depend on the cohort alone, never on the nodes."""
+        num_tokens = self._experiment.store.num_tokens[self._experiment.fleet[cohort]]  # (U,)
+        groups = group_devices(num_tokens, self._config)
+        return self._dispatcher.pieces(cohort, num_tokens, groups, self._plan.clip_norm)
 
-    def _dispatch(self, kind: str, requests: list[Any], version: int) -> Any:
+    def _order(self, kind: str, version: int) -> Order:
         broadcast = self._broadcast(version, whole=False)
-        yield from self._dispatcher.run(
-            kind,
-            requests,
-            group_id=f"{version}",
-            broadcast=broadcast,
-            full_broadcast=lambda: self._broadcast(version, whole=True),
-        )
+        return Order(kind, f"{version}", broadcast, lambda: self._broadcast(version, whole=True))
 
     def _broadcast(self, version: int, *, whole: bool) -> Records:
         """Return the records of the broadcast that takes nodes to `version` and opens the round after it."""
@@ -268,7 +279,8 @@ class Engine:
     def _evaluate(self) -> Score:
         """Score the held-out users; parts are added in a fixed order, so the figure does not depend on the workers."""
         parts: dict[int, Score] = {}
-        for index, records in self._dispatch("evaluate", self._eval_requests, self._state.num_steps):
+        order = self._order("evaluate", self._state.num_steps)
+        for index, records in self._dispatcher.evaluate(order, self._eval_requests):
             reply = asdict(from_records(EvaluateReply, "reply", records))
             del reply["stale"]
             parts[index] = Score(**reply)
@@ -285,12 +297,26 @@ class Engine:
     def _spec_of(self, t: int) -> UpdateSpec:
         return self._spec.with_rows(self._rows(t))
 
-    def _meter_round(self, t: int, cohort: RowIds, rows: RowIds) -> tuple[int, int]:
-        up = len(cohort) * self._spec_of(t).num_bytes
-        down = int(self._meter.download(cohort, t, rows).sum())
+    def _meter_round(self, t: int) -> Turnout:
+        """Sample the cohort, see who takes part, count the bytes: from seed and earlier rounds alone, so resumable."""
+        cohort, rows = self._plan.sample_cohort(t), self._rows(t)
+        task = RoundTask(t, cohort, self._spec_of(t), self._meter.download(cohort, rows))
+        turnout = self._fleet.turnout(task)
+        self._meter.visited(cohort[turnout.visited], t)
         self._meter.changed(rows, t)
-        self._bytes_up, self._bytes_down = self._bytes_up + up, self._bytes_down + down
-        return up, down
+        self._bytes_up += int(turnout.bytes_up.sum())
+        self._bytes_down += int(turnout.bytes_down.sum())
+        return turnout
+
+    def _check_fleet(self) -> None:
+        """Refuse to go on with another fleet: who takes part would change in the middle of the run."""
+        known = [line["fleet"] for line in self._folder.lines("ledger.jsonl") if "fleet" in line]
+        if known and known[0] != self._describe_fleet():
+            profile = self._config.fleet.profile
+            raise DataError(f"fleet.profile = {profile!r} changed since the run began; restore the file it names")
+
+    def _describe_fleet(self) -> dict[str, Any]:
+        return {**self._fleet.describe(), **devices_and_users(self._experiment)}
 
     def _checkpoint(self) -> None:
         arrays = {"values": self._state.values, **{f"slot.{n}": a for n, a in self._state.slots.items()}}
@@ -306,10 +332,19 @@ class Engine:
         return self._seconds_before + time.monotonic() - self._started
 
     def _lost(self, node: int, reason: str) -> None:
-        self._folder.ledger({"event": "worker_lost", "round": self._round, "worker": str(node), "reason": reason})
+        self._note_workers()
+        self._folder.ledger({"event": "work_lost", "round": self._round, "worker": str(node), "reason": reason})
         self._listener({"event": "note", "text": f"round {self._round}: {reason}; its devices are done again"})
 
-    def _round_metrics(self, t: int, released: Vector, report: CohortReport, seconds: float) -> dict[str, Any]:
+    def _note_workers(self) -> None:
+        """Write to the ledger what has happened to the workers of a grid that keeps a record of them."""
+        for event in self._dispatcher.take_events():
+            self._folder.ledger({**event, "round": self._round})
+
+    def _round_metrics(
+        self, t: int, released: Vector, report: CohortReport, turnout: Turnout, seconds: float
+    ) -> dict[str, Any]:
+        virtual = {"virtual_hours": turnout.time.end_s / 3600} if turnout.time else {}
         return {
             "round": t,
             "seconds": round(self._seconds(), 3),
@@ -320,6 +355,7 @@ class Engine:
             "megabytes_up": self._bytes_up / 1e6,
             "megabytes_down": self._bytes_down / 1e6,
             "non_private": report.non_private(self._plan),
+            **virtual,
         }
 
     def _metric_line(self, metrics: dict[str, Any] | None, score: Score | None) -> dict[str, Any]:
@@ -347,7 +383,8 @@ class Engine:
             "config_hash": config_hash(self._config),
             "clip_norm": json_number(self._plan.clip_norm),
             "blocks": [{"kind": b.kind, "name": b.name, "bytes": 4 * b.size} for b in spec.blocks],
-            "privacy": {**self._plan.figures(), "statement": self._plan.statement()},
+            "privacy": privacy_figures(self._plan, self._experiment),
+            "fleet": self._describe_fleet(),
         }
 
     def _end_event(self, status: str) -> dict[str, Any]:

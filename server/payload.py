@@ -29,14 +29,17 @@ class DownloadMeter:
         self._changed = np.zeros(num_rows, np.int64)  # (V,) round that last changed the row
         self._rows_by_round = np.zeros(num_rounds + 1, np.int64)  # (T+1,) rows last changed in each round
         self._rows_by_round[0] = num_rows
-        self._version = np.zeros(fleet_size, np.int64)  # (N,) rounds applied to the device's copy
+        self._version = np.zeros(fleet_size, np.int32)  # (N,) rounds applied to the device's copy
 
-    def download(self, devices: RowIds, round_number: int, row_ids: RowIds) -> npt.NDArray[np.int64]:
-        """Return the bytes (U,) that these devices download for this round, and remember their visit."""
+    def download(self, devices: RowIds, row_ids: RowIds) -> npt.NDArray[np.int64]:
+        """Return the bytes (U,) that each of these devices would download for a round with these rows."""
         newer = np.cumsum(self._rows_by_round[::-1])[::-1]  # (T+1,) rows changed in this round or later
         rows = np.append(newer, 0)[self._version[devices] + 1]  # (U,)
-        self._version[devices] = round_number - 1
         return self._fixed_bytes + self._row_bytes * rows + 4 * len(row_ids)
+
+    def visited(self, devices: RowIds, round_number: int) -> None:
+        """Remember that these devices have downloaded what this round needs."""
+        self._version[devices] = round_number - 1
 
     def changed(self, row_ids: RowIds, round_number: int) -> None:
         """Record that the server changed these rows in this round."""

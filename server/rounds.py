@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedlm.messages import TrainReply
+from fedlm.messages import NOT_FINITE, TrainReply
 from fedlm.privacy.plan import PrivacyPlan
-
-NOT_FINITE = "update not finite"  # what a client reports when an update holds NaN or infinity
 
 
 class CohortReport:
@@ -23,29 +21,36 @@ class CohortReport:
 
     def __init__(self, num_sampled: int) -> None:
         self.num_sampled = num_sampled
-        self._seen: list[tuple[int, float, float]] = []  # (device, norm, loss)
-        self._failed: dict[int, str] = {}
+        self.figures: dict[str, float] = {}  # of the grid
+        self._replies: dict[int, TrainReply] = {}  # by piece
 
     @property
     def num_trained(self) -> int:
         """Devices whose update is in the sum."""
-        return len(self._seen)
+        return sum(len(reply.devices) for reply in self._replies.values())
 
     @property
     def done(self) -> int:
         """Devices that have answered."""
-        return len(self._seen) + len(self._failed)
+        return self.num_trained + len(self._failed)
 
-    def add(self, reply: TrainReply) -> None:
-        """Take in a node's reply."""
-        self._seen += zip(
-            reply.devices.tolist(), reply.non_private_norms.tolist(), reply.non_private_losses.tolist(), strict=True
-        )
-        self._failed |= dict(zip(reply.failed.tolist(), reply.causes, strict=True))
+    @property
+    def _failed(self) -> dict[int, str]:
+        """Why, by device."""
+        replies = self._replies.values()
+        return {
+            device: cause
+            for reply in replies
+            for device, cause in zip(reply.failed.tolist(), reply.causes, strict=True)
+        }
+
+    def add(self, piece: int, reply: TrainReply) -> None:
+        """Take in a node's reply, in place of an earlier one to a piece that was done again."""
+        self._replies[piece] = reply
 
     def warning(self, t: int) -> str:
         """Return what to tell the user when a whole cohort failed; empty otherwise."""
-        if self._seen or not self._failed:
+        if self.num_trained or not self._failed:
             return ""
         cause, count = Counter(self._failed.values()).most_common(1)[0]
         fix = "; lower local.learning_rate and local.row_learning_rate" if cause == NOT_FINITE else ""
@@ -66,19 +71,26 @@ class CohortReport:
             "bytes_up": bytes_up,
             "bytes_down": bytes_down,
             "seconds": round(seconds, 3),
+            "worker_peak_mb": round(max((reply.peak_mb for reply in self._replies.values()), default=0.0), 1),
+            **self.figures,
         }
         return [*failures, summary]
 
     def non_private(self, plan: PrivacyPlan) -> dict[str, Any]:
         """Return diagnostics computed from raw updates; a real deployment has no right to them."""
-        _, norms, losses = np.array(sorted(self._seen)).reshape(-1, 3).T
-        if not len(norms):
+        replies = self._replies.values()
+        devices, norms, losses = (
+            np.concatenate([np.empty(0), *(getattr(reply, name) for reply in replies)])
+            for name in ("devices", "non_private_norms", "non_private_losses")
+        )
+        if not len(devices):
             return {
                 "train_loss": None,
                 "client_norm_median": None,
                 "client_norm_p90": None,
                 "clip_fraction": None,
             }
+        losses = losses[np.argsort(devices)]  # a mean depends on the order, and the order must not on the nodes
         return {
             "train_loss": float(losses.mean()),
             "client_norm_median": float(np.median(norms)),

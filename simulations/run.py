@@ -9,15 +9,19 @@ from flwr.app import Context, RecordDict
 
 from clients.app import app as client_app
 from clients.app import share_weights
+from clients.host import one_thread
 from fedlm.config.load import config_from_toml, config_to_toml
 from fedlm.config.paths import with_absolute_paths
 from fedlm.config.schema import Config
 from fedlm.errors import Interrupted
 from fedlm.experiment import Experiment, starts_from_base
+from fedlm.training import products
 from fedlm.training.base import base_folder, load_base
 from server import app as server
+from server.claim import run_stamps
 from server.engine import Listener
 from server.run_folder import CONFIG, RunFolder, check_writable
+from simulations.fleet import fleet_maker
 from simulations.grids.base import RUN_ID, LocalGrid
 from simulations.grids.flower_private import SERVER_NODE_ID
 from simulations.grids.inprocess import InProcessGrid
@@ -49,16 +53,19 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
     experiment = Experiment.open(config)
     plan = server.plan_of(experiment)
     server.strategy_of(config.strategy)
-    for stamp in plan.stamps():
+    fleet = fleet_maker(config.fleet.profile)
+    for stamp in run_stamps(plan, experiment):
         listener({"event": "note", "text": stamp})
     server.ensure_base(config, listener)
-    return _run(config, path, listener, resume=False)
+    config = _with_products(config, listener)
+    return _run(config, path, server.Surroundings(listener, fleet), resume=False)
 
 
 def resume(run: Path, listener: Listener) -> RunSummary:
     """Continue a run that was interrupted or killed; a finished one only gets its report again."""
     folder = RunFolder.open(run)
-    return _run(config_from_toml(folder.text(CONFIG)), run, listener, resume=True)
+    config = config_from_toml(folder.text(CONFIG))
+    return _run(config, run, server.Surroundings(listener, fleet_maker(config.fleet.profile)), resume=True)
 
 
 def pretrain(config: Config, listener: Listener) -> Path:
@@ -68,8 +75,8 @@ def pretrain(config: Config, listener: Listener) -> Path:
     return base_folder(config)
 
 
-def _run(config: Config, path: Path, listener: Listener, *, resume: bool) -> RunSummary:
-    server.listen(listener)
+def _run(config: Config, path: Path, surroundings: server.Surroundings, *, resume: bool) -> RunSummary:
+    server.surround(surroundings)
     run_config: dict[str, Scalar] = {
         "config": config_to_toml(config),
         "out": str(path.resolve()),
@@ -82,6 +89,19 @@ def _run(config: Config, path: Path, listener: Listener, *, resume: bool) -> Run
         raise Interrupted(f"interrupted; continue with `fedlm resume {path}`") from error
     write_report(path)
     return summarise(path)
+
+
+def _with_products(config: Config, listener: Listener) -> Config:
+    """Return the config with the route of matrix products settled, once for the whole run: it decides the last bits."""
+    wanted = config.execution.products
+    with one_thread():
+        if wanted == "auto":
+            return replace(config, execution=replace(config.execution, products=products.choose()))
+        if wanted == "bf16":
+            plain, rounded = products.measure(["fp32", "bf16"])
+            ratio = rounded.gigaflops / plain.gigaflops
+            listener({"event": "note", "text": f"bf16 products run at {ratio:.2f} times the rate of fp32 here"})
+    return config
 
 
 def _grid(config: Config, run_config: dict[str, Scalar]) -> LocalGrid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from simulations.run_files import RunRecord, number, read_run
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in fourteen figures; None where a run did not measure one, and an infinite epsilon is None too.
+    """One run in seventeen figures; None where a run did not measure one, and an infinite epsilon is None too.
 
     Arguments:
         run_dir: The run folder.
@@ -22,11 +23,14 @@ class RunSummary:
         epsilon: Spent so far at `delta`; None is no finite epsilon.
         delta: Of the privacy statement.
         privacy_statement: The whole claim in words.
-        bytes_up_per_device: What one device sends in one round, the mean over all that were sampled.
+        bytes_up_per_device: What one device sends in one round, the mean over all that sent anything.
         bytes_down_per_device: What one device receives in one round, likewise.
         peak_device_mb: The largest memory of one device's training, in MB.
         devices_per_second: Trainings a second of the rounds' own time, evaluation excluded.
         seconds: Wall time of the run.
+        devices_sampled: Devices in all cohorts.
+        lost_by_cause: How many of them did not train, by cause.
+        virtual_hours: From the first round's start to the last one's end on the fleet's own clock; None without one.
     """
 
     run_dir: str
@@ -43,6 +47,9 @@ class RunSummary:
     peak_device_mb: float | None
     devices_per_second: float
     seconds: float
+    devices_sampled: int
+    lost_by_cause: dict[str, int]
+    virtual_hours: float | None
 
 
 def summarise(run: Path) -> RunSummary:
@@ -62,7 +69,7 @@ def summarise(run: Path) -> RunSummary:
 
 def summarise_record(record: RunRecord) -> RunSummary:
     """Return the summary of a run that has been read."""
-    trained, sampled = int(_total(record, "trained")), _total(record, "sampled")
+    trained, sampled = int(_total(record, "trained")), int(_total(record, "sampled"))
     training_s = _total(record, "seconds")
     return RunSummary(
         run_dir=str(record.path),
@@ -74,12 +81,23 @@ def summarise_record(record: RunRecord) -> RunSummary:
         epsilon=number(record.metrics[-1], "epsilon"),
         delta=number(record.privacy, "delta"),
         privacy_statement=str(record.privacy.get("statement") or ""),
-        bytes_up_per_device=round(_total(record, "bytes_up") / max(sampled, 1)),
-        bytes_down_per_device=round(_total(record, "bytes_down") / max(sampled, 1)),
+        bytes_up_per_device=round(_total(record, "bytes_up") / max(_total(record, "uploaded"), 1)),
+        bytes_down_per_device=round(_total(record, "bytes_down") / max(_total(record, "downloaded"), 1)),
         peak_device_mb=_peak_device_mb(record),
         devices_per_second=trained / training_s if training_s > 0 else 0.0,
         seconds=_seconds(record),
+        devices_sampled=sampled,
+        lost_by_cause=lost_by_cause(record),
+        virtual_hours=number(record.metrics[-1], "virtual_hours"),
     )
+
+
+def lost_by_cause(record: RunRecord) -> dict[str, int]:
+    """Return how many devices were sampled and did not train, by cause, the most frequent first."""
+    lost: Counter[str] = Counter()
+    for event in record.events("round"):
+        lost.update({str(cause): int(count) for cause, count in (event.get("failed") or {}).items()})
+    return dict(lost.most_common())
 
 
 def _total(record: RunRecord, key: str) -> float:

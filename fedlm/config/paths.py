@@ -7,7 +7,10 @@ from pathlib import Path
 
 from fedlm.config.schema import Config
 
-WORDS = frozenset({"chitchat", "synthetic", "wordfreq", "model", "transformer", "lstm", "pretrain", "random", "public"})
+WORDS = frozenset(
+    {"chitchat", "synthetic", "wordfreq", "model", "transformer", "lstm", "pretrain", "random", "public"}
+    | {"uniform", "phones"}
+)
 """Values that mean something of their own, whatever lies in the working folder."""
 
 
@@ -28,6 +31,7 @@ def with_absolute_paths(config: Config) -> Config:
         model=replace(config.model, name=_if_it_exists(config.model.name), base=_if_it_exists(config.model.base)),
         pretrain=replace(config.pretrain, corpus=_if_it_exists(config.pretrain.corpus)),
         trainable=replace(config.trainable, lora=replace(lora, adapter=_if_it_exists(lora.adapter))),
+        fleet=replace(config.fleet, profile=_if_it_exists(config.fleet.profile)),
     )
 
 

@@ -61,6 +61,7 @@ def _misspelt_words(config: Config) -> Iterator[str]:
         ("model.name", config.model.name, _BUILT_IN_MODELS),
         ("model.base", config.model.base, ("pretrain", "random")),
         ("pretrain.corpus", config.pretrain.corpus, ("public",)),
+        ("fleet.profile", config.fleet.profile, ("uniform", "phones")),
     ]:
         word = nearest_word(value, words)
         if word and value not in words and not Path(value).exists():
@@ -82,11 +83,8 @@ def _data(config: Config) -> Iterator[str]:
             f"synthetic.classes = {classes} is more than vocabulary.size = {config.vocabulary.size}; "
             "a class needs at least one word"
         )
-    if config.fleet.devices == 0 and config.fleet.cohort > users:
-        yield (
-            f"fleet.cohort = {config.fleet.cohort} is more than synthetic.users = {users}; "
-            f"set fleet.cohort to at most {users}"
-        )
+    if config.fleet.devices == 0:
+        yield from _cohort(config, "synthetic.users", users)
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -188,16 +186,40 @@ def _privacy(config: Config) -> Iterator[str]:
         yield f"privacy.expected_cohort = {expected} needs privacy.population; set it to the fleet's size"
     name = "privacy.expected_cohort" if expected else "fleet.cohort"
     cohort = expected or config.fleet.cohort
-    if population and cohort > population:
-        yield f"{name} = {cohort} is more than privacy.population = {population}; set at most {population}"
+    if population and config.fleet.sampled(cohort) > population:
+        yield (
+            f"{name} = {cohort}{_over_selected(config)} is more than privacy.population = {population}; "
+            f"set at most {_most_wanted(config, population)}"
+        )
+
+
+def _cohort(config: Config, name: str, devices: int) -> Iterator[str]:
+    """A cohort, over-selection included, of more devices than there are."""
+    if config.fleet.sampled(config.fleet.cohort) > devices:
+        yield (
+            f"fleet.cohort = {config.fleet.cohort}{_over_selected(config)} is more than {name} = {devices}; "
+            f"set fleet.cohort to at most {_most_wanted(config, devices)}"
+        )
+
+
+def _over_selected(config: Config) -> str:
+    factor = config.fleet.over_selection
+    return f" times fleet.over_selection = {factor:g}" if factor > 1 else ""
+
+
+def _most_wanted(config: Config, devices: int) -> int:
+    """The largest cohort that, over-selected, still fits."""
+    return int(devices / config.fleet.over_selection)
 
 
 def _fleet(config: Config) -> Iterator[str]:
     fleet, execution = config.fleet, config.execution
-    if 0 < fleet.devices < fleet.cohort:
+    if fleet.devices:
+        yield from _cohort(config, "fleet.devices", fleet.devices)
+    if fleet.deadline_s > fleet.round_interval_s:
         yield (
-            f"fleet.cohort = {fleet.cohort} is more than fleet.devices = {fleet.devices}; "
-            f"set fleet.cohort to at most {fleet.devices}"
+            f"fleet.deadline_s = {fleet.deadline_s:g} is later than the next round, "
+            f"fleet.round_interval_s = {fleet.round_interval_s:g}; set fleet.deadline_s = {fleet.round_interval_s:g}"
         )
     if execution.grid == "inprocess" and execution.address:
         yield f"execution.address = {execution.address!r} needs a Ray cluster; set execution.grid = 'ray'"

@@ -18,6 +18,7 @@ from fedlm.data.cache import cache_folder, content_key, publish_folder
 from fedlm.errors import DataError
 
 WEIGHTS, META = "model.safetensors", "base.json"
+_FORMAT = 2  # of the weights' names; another number keeps bases of other versions apart
 
 
 def base_folder(config: Config) -> Path:
@@ -26,6 +27,7 @@ def base_folder(config: Config) -> Path:
         return Path(config.model.base)
     made_by = asdict(config)
     kept = {name: made_by[name] for name in ("seed", "data", "vocabulary", "model", "pretrain")}
+    kept["format"] = _FORMAT
     if config.data.corpus == "synthetic":
         kept["synthetic"] = made_by["synthetic"]
     del (

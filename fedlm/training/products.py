@@ -63,17 +63,18 @@ def measure(routes: Sequence[str] = ROUTES, shape: tuple[int, int, int] = TALL) 
     exact = x.double() @ weight.double().T
     before = torch.get_float32_matmul_precision()
     seconds = dict.fromkeys(routes, float("inf"))
-    errors = {}
+    found: dict[str, Tensor] = {}
     try:
         for _ in range(REPEATS):
             for route in routes:
                 use(route)
-                found, elapsed = _timed(_product(route, x, weight))
+                found[route], elapsed = _timed(_product(route, x, weight))
                 seconds[route] = min(seconds[route], elapsed)
-                errors[route] = float((found.double() - exact).abs().max() / exact.abs().max())
     finally:
         torch.set_float32_matmul_precision(before)
-    return [Rate(2e-9 * N * width * out / seconds[route], errors[route]) for route in routes]
+    errors = [float((found[route].double() - exact).abs().max() / exact.abs().max()) for route in routes]
+    flops = 2 * N * width * out
+    return [Rate(1e-9 * flops / seconds[route], error) for route, error in zip(routes, errors, strict=True)]
 
 
 def _product(route: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:

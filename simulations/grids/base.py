@@ -20,8 +20,11 @@ RUN_ID = 1
 class LocalGrid(Grid):
     """A grid whose nodes live as long as it does; use it as a context manager.
 
+    Its nodes remember: each is one process (or part of this one) from message to message, until it is lost.
     A message's time to live is not enforced. Replies that nobody pulls stay until the grid is closed.
     """
+
+    nodes_remember = True
 
     def __init__(self) -> None:
         self._message_numbers = itertools.count(1)

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,13 @@ from fedlm.errors import ConfigError, WorkerError
 from simulations.grids import wire
 from simulations.grids.base import LocalGrid
 from simulations.grids.flower_private import (
-    APP_ERROR,
     WORKER_LOST,
-    copy_metadata,
     error_reply,
     set_message_id,
 )
 from simulations.grids.node import Outcome, Scalar, new_context, node_ids, one_line
 from simulations.grids.ray_fleet import MAX_RESTARTS, RayFleet
+from simulations.grids.ray_lane import Lane, Letter
 from simulations.grids.ray_session import WORKER_ENVIRONMENT, RaySession, available_cores, store_capacity
 from simulations.grids.ray_worker import Setup, WorkerPlan
 
@@ -35,13 +33,6 @@ PULL_WAIT_S = 0.05
 """Longest that `pull_messages` blocks when nothing is ready."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Sent:
-    message_id: str
-    metadata: Metadata  # as it was when the message was pushed
-    node_id: int
 
 
 class RayGrid(LocalGrid):
@@ -78,7 +69,8 @@ class RayGrid(LocalGrid):
         if not address:
             _check_cores(num_workers, available_cores())
         super().__init__()
-        self._sent: dict[Any, _Sent] = {}  # by the reference of the outcome, oldest first
+        self._lanes: dict[int, Lane] = {}  # by node
+        self._calls: dict[Any, int] = {}  # the node of each call in progress, by its reference, oldest first
         self._replies: dict[str, Message] = {}
         self._ready = False  # every worker has started once
         arrays = {name: np.ascontiguousarray(array) for name, array in (shared or {}).items()}
@@ -104,8 +96,14 @@ class RayGrid(LocalGrid):
         self._session = RaySession(address=address, store_bytes=self.store_capacity_bytes, on_connect=start_fleet)
 
     def get_node_ids(self) -> list[int]:
-        """Return the ids of the nodes that have not been given up; waits until their number is known."""
-        return [node_id for node_id, node in self._fleet.nodes.items() if not node.given_up]
+        """Return the ids of the nodes that take messages; waits until their number is known.
+
+        A node whose worker is being replaced is left out, unless there is no other: on a cluster that has lost a
+        machine there may be no place for the replacement.
+        """
+        left = {node_id: node for node_id, node in self._fleet.nodes.items() if not node.given_up}
+        ready = [node_id for node_id, node in left.items() if not self._ready or node.starting is None]
+        return ready or list(left)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send each message to its node, which works on them in this order; the first call awaits the workers.
@@ -120,16 +118,17 @@ class RayGrid(LocalGrid):
         Raises:
             WorkerError: The workers cannot start, every node has been given up, or there is no such node.
         """
-        node_ids_left = self.get_node_ids()
         if not self._ready:
             self._fleet.await_first_start()
             self._ready = True
-        if not node_ids_left:
+        if not self.get_node_ids():
             raise WorkerError(
                 f"no worker is left: at every node {MAX_RESTARTS + 1} were lost in a row; give them more memory, "
                 "or fewer devices at a time (execution.workers, execution.group_size)"
             )
-        return [self._push(message) for message in messages]
+        message_ids = [self._post(message) for message in messages]
+        self._send()
+        return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that have arrived, in the order of `message_ids`; blocks at most `PULL_WAIT_S`.
@@ -148,6 +147,10 @@ class RayGrid(LocalGrid):
         """
         return self._fleet.take_events()
 
+    def figures(self) -> dict[str, float]:
+        """Return this grid's figures for the ledger: what it keeps in the object store now, in MB."""
+        return {"object_store_mb": round(self.object_store_bytes() / 1e6, 1)}
+
     def object_store_bytes(self) -> int:
         """Return the bytes that this grid keeps in the object store: shared arrays and current broadcasts."""
         return self._shared_bytes + self._fleet.broadcasts.num_bytes()
@@ -159,88 +162,105 @@ class RayGrid(LocalGrid):
                 fleet.close()
         finally:
             self._session.close()
-            self._sent.clear()
+            self._calls.clear()
+            self._lanes.clear()
 
     @property
     def _fleet(self) -> RayFleet:
         """The workers; waits until they have been created."""
         return self._session.wait()
 
-    def _push(self, message: Message) -> str:
-        metadata = message.metadata
-        node = self._fleet.nodes.get(metadata.dst_node_id)
+    def _post(self, message: Message) -> str:
+        """Put a message into its node's lane."""
+        node_id = message.metadata.dst_node_id
+        node = self._fleet.nodes.get(node_id)
         if node is None:
             raise WorkerError(
-                f"message for node {metadata.dst_node_id}: this grid has nodes {self.get_node_ids()}; "
-                "choose one of get_node_ids()"
+                f"message for node {node_id}: this grid has nodes {self.get_node_ids()}; choose one of get_node_ids()"
             )
         message_id = self._stamp(message)
-        sent = _Sent(message_id, copy_metadata(metadata), metadata.dst_node_id)
-        if node.given_up:
-            self._deliver(sent, error_reply(sent.metadata, WORKER_LOST, "worker lost: its node was given up"))
-            return message_id
-        if not self._held_by(sent.node_id):
-            node.hear()
         parcel, records = wire.detach(message)
-        self._fleet.broadcasts.enter(metadata.group_id)
-        references = [self._fleet.broadcasts.reference(record) for record in records]
-        self._sent[node.actor.handle.remote(parcel, *references)] = sent
+        if node.given_up:
+            self._deliver_error(parcel.metadata, WORKER_LOST, "worker lost: its node was given up")
+            return message_id
+        lane = self._lanes.setdefault(node_id, Lane())
+        if not lane.held:
+            node.hear()
+        self._fleet.broadcasts.enter(message.metadata.group_id)
+        references = tuple(self._fleet.broadcasts.reference(record) for record in records)
+        lane.waiting.append(Letter(message_id, parcel, references))
         return message_id
+
+    def _send(self) -> None:
+        """Make the calls that are due."""
+        for node_id, lane in self._lanes.items():
+            while call := lane.next_call():
+                parcels, references = call
+                reference = self._fleet.nodes[node_id].actor.handle.remote(wire.pack(parcels), references)
+                self._calls[reference] = node_id
 
     def _collect(self, wait_s: float) -> None:
         """Settle every reference that is ready, then give up workers that have been silent for too long."""
         ray = self._session.ray
         starting = self._fleet.starting() if self._ready else {}
-        references = [*starting, *self._sent]
+        references = [*starting, *self._calls]
         if not references:
             return
         ready, _ = ray.wait(references, num_returns=1, timeout=wait_s)
         if ready:  # `wait` returns no more than it was asked for
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         for reference in ready:
-            if reference in self._sent:
+            if reference in self._calls:
                 self._settle(reference)
             elif self._fleet.starting().get(reference) is not None:
                 self._settle_start(starting[reference])
-        for node_id, cause in self._fleet.silent({sent.node_id for sent in self._sent.values()}).items():
+        busy = {node_id for node_id, lane in self._lanes.items() if lane.held}
+        for node_id, cause in self._fleet.silent(busy).items():
             self._lose(node_id, cause)
+        self._send()
 
     def _settle(self, reference: Any) -> None:
-        sent = self._sent[reference]
-        exceptions = self._session.ray.exceptions
+        """Deliver the replies of a call that has ended."""
+        node_id = self._calls.pop(reference)
         try:
-            outcome: Outcome = self._session.ray.get(reference, timeout=self._timeout_s)
-        except exceptions.RayTaskError as error:  # outside the app; its reply cannot be sent, for one
-            outcome = Outcome(error_reply(sent.metadata, APP_ERROR, one_line(error.cause)), str(error))
-        except exceptions.RayError as error:
-            self._lose(sent.node_id, one_line(error))
+            packed = self._session.ray.get(reference, timeout=self._timeout_s)
+        except self._session.ray.exceptions.RayError as error:
+            self._lose(node_id, one_line(error))
             return
-        del self._sent[reference]
-        node = self._fleet.nodes[sent.node_id]
+        node, lane = self._fleet.nodes[node_id], self._lanes[node_id]
         node.hear()
         node.losses = 0
-        if outcome.traceback:
-            _log.debug("node %d raised\n%s", sent.node_id, outcome.traceback)
-        self._deliver(sent, outcome.reply)
+        lane.calls -= 1
+        outcomes: list[Outcome] = wire.unpack(packed)
+        for reply, traceback in outcomes:
+            if traceback:
+                _log.debug("node %d raised\n%s", node_id, traceback)
+            del lane.held[reply.metadata.reply_to_message_id]
+            self._deliver(reply)
 
     def _settle_start(self, node_id: int) -> None:
         if cause := self._fleet.failed_start(node_id):
             self._lose(node_id, cause)
 
     def _lose(self, node_id: int, cause: str) -> None:
-        """Answer what a worker held with errors, and have it replaced."""
-        held = self._held_by(node_id)
-        for reference in held:
-            sent = self._sent.pop(reference)
-            self._deliver(sent, error_reply(sent.metadata, WORKER_LOST, f"worker lost: {cause}"))
-        self._fleet.replace(node_id, cause, len(held))
+        """Answer what a worker had with errors, and have it replaced."""
+        lane, nodes = self._lanes.setdefault(node_id, Lane()), self._fleet.nodes
+        self._calls = {reference: of for reference, of in self._calls.items() if of != node_id}
+        lost = lane.take_held()
+        self._fleet.replace(node_id, cause, len(lost))
+        if nodes[node_id].given_up:
+            lost.update({letter.message_id: letter.parcel.metadata for letter in lane.waiting})
+            lane.waiting.clear()
+        for metadata in lost.values():
+            self._deliver_error(metadata, WORKER_LOST, f"worker lost: {cause}")
 
-    def _held_by(self, node_id: int) -> list[Any]:
-        return [reference for reference, sent in self._sent.items() if sent.node_id == node_id]
+    def _deliver_error(self, metadata: Metadata, code: int, reason: str) -> None:
+        self._deliver(error_reply(metadata, code, reason))
 
-    def _deliver(self, sent: _Sent, reply: Message) -> None:
-        set_message_id(reply, f"{sent.message_id}-reply")
-        self._replies[sent.message_id] = reply
+    def _deliver(self, reply: Message) -> None:
+        message_id = reply.metadata.reply_to_message_id
+        set_message_id(reply, f"{message_id}-reply")
+        self._replies[message_id] = reply
 
 
 def _import_paths() -> dict[str, str]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlm.errors import ConfigError
 from simulations.grids import wire
 from simulations.grids.node import Outcome, answer
+
+CALL_S = 0.02
+"""After this many seconds a call takes no further message."""
 
 SharedArrays = Mapping[str, np.ndarray]
 Setup = Callable[[SharedArrays], None]
@@ -41,6 +47,9 @@ class Worker:
     def __init__(self) -> None:
         self._app: ClientApp
         self._context: Context
+        self._ray = importlib.import_module("ray")
+        self._records: dict[str, ArrayRecord] = {}  # large records of the last call, by their id in the object store
+        self._backlog: deque[Message] = deque()
 
     def start(self, plan: WorkerPlan, shared: SharedArrays) -> int:
         """Load the app and hand it the shared arrays, which are read-only views of the object store.
@@ -56,9 +65,27 @@ class Worker:
             sys.modules["torch"].set_num_threads(1)  # one worker for each core: more threads only get in the way
         return os.getpid()
 
-    def handle(self, parcel: wire.Parcel, *detached: ArrayRecord) -> Outcome:
-        """Answer one message; its large array records come beside it, from the object store."""
-        return answer(self._app, wire.attach(parcel, detached), self._context)
+    def handle(self, packed: wire.Packed, references: Sequence[Any]) -> wire.Packed:
+        """Take messages and answer the oldest that are left, at least one, until `CALL_S` have passed.
+
+        Short calls keep replies flowing and show that the worker is alive; many messages in a call keep calls few.
+
+        Arguments:
+            packed: Parcels (`wire.detach`).
+            references: Of the large records in the object store that the parcels have lost.
+
+        Returns:
+            The packed outcomes, as many as there was time for.
+        """
+        deadline = time.monotonic() + CALL_S
+        if references:
+            self._records = {r.hex(): self._records.get(r.hex()) or self._ray.get(r) for r in references}
+        records = [self._records[reference.hex()] for reference in references]
+        self._backlog += [wire.attach(parcel, records) for parcel in wire.unpack(packed)]
+        outcomes: list[Outcome] = []
+        while self._backlog and (not outcomes or time.monotonic() < deadline):
+            outcomes.append(answer(self._app, self._backlog.popleft(), self._context))
+        return wire.pack(outcomes)
 
 
 def load_client_app(reference: str) -> ClientApp:

@@ -12,7 +12,7 @@ from simulations.report.markup import Markup, element, escape, text
 from simulations.report.panels import diagnostic_panels, epsilon_panel, fleet_panels, learning_panels
 from simulations.report.style import STYLE
 from simulations.report.tables import fold, pairs, rounds_table
-from simulations.run_files import RunRecord, read_run
+from simulations.run_files import Record, RunRecord, read_run
 from simulations.summary import RunSummary, summarise_record
 
 _BOUNDS = {"epsilon", "epsilon_of_this_fleet"}
@@ -109,9 +109,14 @@ def _tiles(record: RunRecord, summary: RunSummary) -> Markup:
         ),
         _tile("devices per second", figure(summary.devices_per_second, 3), "training only, without evaluation"),
         _tile("time", duration(summary.seconds), count(summary.rounds, "round")),
+        *([_virtual_tile(summary.virtual_hours)] if summary.virtual_hours is not None else []),
         class_="tiles",
         aria_label="Key figures",
     )
+
+
+def _virtual_tile(hours: float) -> Markup:
+    return _tile("virtual time", duration(3600 * hours), "of the fleet; rounds start at fixed times")
 
 
 def _perplexity_tile(summary: RunSummary) -> Markup:
@@ -216,7 +221,16 @@ def _details(record: RunRecord) -> Markup:
         fold("Rounds", rounds_table(record)),
         fold("Configuration", element("pre", text("code", record.config_text), tabindex="0")),
         fold("Versions and machine", pairs([*versions.items(), *machine])),
+        *_fleet(record.start.get("fleet") or {}),
     )
+
+
+def _fleet(fleet: Record) -> list[Markup]:
+    """Return whose devices they are: profile, classes, and how many users of the corpus they stand for."""
+    figures = {key: value for key, value in fleet.items() if key not in ("classes", "profile_digest")}
+    classes = {f"devices of class {name}": number for name, number in (fleet.get("classes") or {}).items()}
+    entries = [(key.replace("_", " "), value) for key, value in {**figures, **classes}.items()]
+    return [fold("Fleet", pairs(entries))] if entries else []
 
 
 def _footer() -> Markup:

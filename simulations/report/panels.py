@@ -11,6 +11,7 @@ from simulations.report.figures import bound, change, count, data_size, figure, 
 from simulations.report.lines import Point, Reference, Series, line_chart
 from simulations.report.markup import Markup, element, text
 from simulations.run_files import Record, RunRecord, number
+from simulations.summary import lost_by_cause
 
 _ROUNDS = Axis("round", whole=True, from_zero=True, rounded=False)
 _SMALL = 190.0
@@ -81,8 +82,8 @@ def diagnostic_panels(record: RunRecord) -> list[Markup]:
 
 
 def fleet_panels(record: RunRecord) -> list[Markup]:
-    """Return what an update consists of and what became of the devices."""
-    return [_payload(record), _outcomes(record)]
+    """Return what an update consists of, what became of the devices and, with a virtual clock, how long they took."""
+    return [_payload(record), _outcomes(record), *_device_seconds(record)]
 
 
 def _learning(title: str, points: tuple[Point, ...], x: Axis, height: float, note: str) -> Markup:
@@ -166,14 +167,12 @@ def _payload(record: RunRecord) -> Markup:
 
 def _outcomes(record: RunRecord) -> Markup:
     rounds = record.events("round")
-    failed: Counter[str] = Counter()
-    for event in rounds:
-        failed.update({str(cause): int(count) for cause, count in (event.get("failed") or {}).items()})
+    failed = lost_by_cause(record)
     trained = sum(int(event.get("trained", 0)) for event in rounds)
-    total = trained + failed.total()
+    total = trained + sum(failed.values())
     outcomes = [
         ("trained", trained, False),
-        *((f"failed: {why}", num, True) for why, num in failed.most_common()),
+        *((f"failed: {why}", num, True) for why, num in failed.items()),
     ]
     bars = [
         Bar(label, num, f"{num:,} · {share(num, total)}", f"{num:,} of {total:,}", hatched)
@@ -188,6 +187,37 @@ def _outcomes(record: RunRecord) -> Markup:
     )
 
 
+def _device_seconds(record: RunRecord) -> list[Markup]:
+    lines = [{"round": event["round"], **event["virtual"]} for event in record.events("round") if event.get("virtual")]
+    if not lines:
+        return []
+    series = [
+        Series("slowest", _points(lines, "device_s_max")),
+        Series("p90", _points(lines, "device_s_p90"), tone="c"),
+        Series("median", _points(lines, "device_s_median"), tone="b"),
+    ]
+    values = [value for one in series for _, value in one.points]
+    if not values:
+        return [_absent("Virtual seconds of a device", "No device has taken part yet.")]
+    return [
+        card(
+            "Virtual seconds of a device",
+            "Download, training and upload on the devices of the profile, cut at the deadline; those that stayed away "
+            "are left out.",
+            line_chart(
+                series,
+                title="Virtual seconds of a device",
+                description="; ".join(
+                    f"{one.label} ends at {figure(one.points[-1][1])} s" for one in series if one.points
+                ),
+                x=_ROUNDS,
+                y=Axis("seconds", log=suits_log([value for value in values if value > 0]), from_zero=True),
+                height=_SMALL,
+            ),
+        )
+    ]
+
+
 def _points(lines: Sequence[Record], key: str) -> tuple[Point, ...]:
     return tuple((float(line["round"]), value) for line in lines if (value := number(line, key)) is not None)
 
@@ -195,8 +225,10 @@ def _points(lines: Sequence[Record], key: str) -> tuple[Point, ...]:
 def _traffic(record: RunRecord) -> tuple[str, dict[int, float]]:
     """Return a unit and, by round, the cumulative traffic in it of a device sampled in every round."""
     of_round = {
-        event.get("round"): ((number(event, "bytes_up") or 0) + (number(event, "bytes_down") or 0))
-        / max(number(event, "sampled") or 0, 1)
+        event.get("round"): sum(
+            (number(event, total) or 0) / max(number(event, devices) or 0, 1)
+            for total, devices in (("bytes_up", "uploaded"), ("bytes_down", "downloaded"))
+        )
         for event in record.events("round")
     }
     so_far, totals = 0.0, {}

@@ -8,6 +8,7 @@ from typing import Any
 from simulations.report.figures import ABSENT, column, figure
 from simulations.report.markup import Markup, element, escape, text
 from simulations.run_files import Record, RunRecord, number
+from simulations.summary import lost_by_cause
 
 _FIGURES = {
     "round": "round",
@@ -23,6 +24,7 @@ _FIGURES = {
     "megabytes_up": "MB up, all",
     "megabytes_down": "MB down, all",
     "round_seconds": "seconds",
+    "virtual_hours": "virtual hours",
 }
 _RAW_FIGURES = {
     "train_loss": "train loss",
@@ -35,16 +37,21 @@ _RAW_FIGURES = {
 
 def rounds_table(record: RunRecord) -> Markup:
     """Return every round's figures; those that only a simulation can see stand on the right and say so."""
-    failed = {event.get("round"): _failed(event) for event in record.events("round")}
-    lines = [{**line, "failed": failed.get(line["round"])} for line in record.metrics]
+    causes = list(lost_by_cause(record))
+    failed = {event.get("round"): event.get("failed") or {} for event in record.events("round")}
+    lines = [{**line, "failed": _failed(failed.get(line["round"]))} for line in record.metrics]
+    lost_lines = [failed.get(line["round"], {}) for line in record.metrics]
     raw_lines = [line.get("non_private") or {} for line in record.metrics]
-    columns = [_column(lines, key) for key in _FIGURES] + [_column(raw_lines, key) for key in _RAW_FIGURES]
+    columns = [_column(lines, key) for key in _FIGURES]
+    columns += [_column(lost_lines, cause) for cause in causes]
+    columns += [_column(raw_lines, key) for key in _RAW_FIGURES]
     groups = element(
         "tr",
         element("td", colspan=len(_FIGURES)),
+        *([text("th", "failed, by cause", colspan=len(causes), scope="colgroup", class_="group")] if causes else []),
         text("th", "simulation only, not private", colspan=len(_RAW_FIGURES), scope="colgroup", class_="group"),
     )
-    names = [*_FIGURES.values(), *_RAW_FIGURES.values()]
+    names = [*_FIGURES.values(), *causes, *_RAW_FIGURES.values()]
     heads = element("tr", *(text("th", name, scope="col") for name in names))
     rows = [element("tr", *(text("td", cell) for cell in row)) for row in zip(*columns, strict=True)]
     table = element("table", element("thead", groups, heads), element("tbody", *rows))
@@ -77,8 +84,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _failed(event: Record) -> int:
-    return sum(int(num) for num in (event.get("failed") or {}).values())
+def _failed(by_cause: Record | None) -> int | None:
+    return None if by_cause is None else sum(int(num) for num in by_cause.values())
 
 
 def _column(lines: Sequence[Record], key: str) -> list[str]:

@@ -49,6 +49,18 @@ CASES = [
     ),
     (["privacy.population=99"], "fleet.cohort = 100 is more than privacy.population", ["fleet.cohort=99"]),
     (["fleet.devices=99"], "set fleet.cohort to at most 99", ["fleet.cohort=99"]),
+    (
+        ["fleet.devices=200", "fleet.over_selection=3"],
+        "fleet.over_selection = 3 is more than fleet.devices = 200; set fleet.cohort to at most 66",
+        ["fleet.cohort=66"],
+    ),
+    (
+        ["privacy.population=1000", "privacy.expected_cohort=500", "fleet.over_selection=2.5"],
+        "set at most 400",
+        ["privacy.expected_cohort=400"],
+    ),
+    (["fleet.deadline_s=601"], "set fleet.deadline_s = 600", ["fleet.deadline_s=600"]),
+    (["fleet.profile=phone"], "did you mean 'phones'?", ["fleet.profile=phones"]),
     (TINY_SYNTHETIC, "set fleet.cohort to at most 50", ["fleet.cohort=50"]),
     (
         ["data.corpus=synthetic", "synthetic.classes=100_001"],

@@ -22,13 +22,15 @@ def test_download_equals_rows_that_differ_from_the_devices_copy() -> None:
         rows = np.sort(rng.choice(vocabulary, 6, replace=False))
         stale = [(copies[d] != server).sum() for d in cohort]
         expected = [4 * 6 + 4 * (5 + 1) * n + 4 * 6 for n in stale]
-        assert meter.download(cohort, t, rows).tolist() == expected
-        copies[cohort] = server
+        assert meter.download(cohort, rows).tolist() == expected
+        arrived = cohort[rng.random(len(cohort)) < 0.8]  # the others turn away before the download
+        meter.visited(arrived, t)
+        copies[arrived] = server
         server[rows] = t
         meter.changed(rows, t)
 
 
 def test_without_embedding_rows_only_the_fixed_part_travels() -> None:
     meter = DownloadMeter(UpdateSpec.build([("a", "lora_a", (2, 3))]), 5, 3)
-    assert meter.download(np.array([1, 4]), 1, np.empty(0, np.int64)).tolist() == [24, 24]
+    assert meter.download(np.array([1, 4]), np.empty(0, np.int64)).tolist() == [24, 24]
     meter.changed(np.empty(0, np.int64), 1)

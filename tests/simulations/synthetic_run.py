@@ -165,6 +165,8 @@ def _round(i: int) -> dict[str, Any]:
         "failed": failed(i),
         "bytes_up": sampled(i) * UP,
         "bytes_down": sampled(i) * DOWN,
+        "uploaded": sampled(i),
+        "downloaded": sampled(i),
         "seconds": 5.8,
     }
 

@@ -157,6 +157,16 @@ def test_the_table_has_every_round(tmp_path: Path) -> None:
     assert [row[5] for row in rows[1:4]] == ["1", "1", "3"]
 
 
+def test_the_table_has_the_losses_of_every_round_by_cause(tmp_path: Path) -> None:
+    _, root = render(tmp_path / "run")
+    names = [words(cell) for cell in root.findall(".//thead/tr[2]/th")]
+    rows = [[words(cell) for cell in row] for row in root.findall(".//tbody/tr")]
+    assert len(rows[0]) == len(names)
+    for cause, total in (("not enough memory", 30), ("dropped out", 20)):
+        column = [row[names.index(cause)] for row in rows]
+        assert sum(int(cell) for cell in column if cell.isdigit()) == total
+
+
 def test_traffic_is_that_of_a_device_in_every_round(tmp_path: Path) -> None:
     _, root = render(tmp_path / "run")
     chart = next(svg for svg in root.iter("svg") if words(svg.find("title")) == "Perplexity by traffic")

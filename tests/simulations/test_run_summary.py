@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import DOWN, STATEMENT, UP, trained, write_run
+from synthetic_run import DOWN, STATEMENT, UP, sampled, trained, write_run
 
 from fedlm.errors import DataError
 from simulations.run_files import read_run
@@ -35,6 +35,9 @@ def test_every_figure_of_a_finished_run(tmp_path: Path) -> None:
         "peak_device_mb": 148.3,
         "devices_per_second": pytest.approx(devices / (30 * 5.8)),
         "seconds": pytest.approx(6.9 * 30 + 18.0),
+        "devices_sampled": sum(sampled(i) for i in range(1, 31)),
+        "lost_by_cause": {"not enough memory": 30, "dropped out": 20},
+        "virtual_hours": None,
     }
 
 

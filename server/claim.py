@@ -1,0 +1,35 @@
+"""What a run claims about privacy: the plan's own words, and a stamp where devices are copies of the corpus's users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlm.experiment import Experiment
+from fedlm.privacy.plan import PrivacyPlan
+
+
+def devices_and_users(experiment: Experiment) -> dict[str, int]:
+    """Return how many devices the fleet has and how many users of the corpus they hold."""
+    num_devices = len(experiment.fleet)
+    return {"devices": num_devices, "users": min(num_devices, len(experiment.store.users("train")))}
+
+
+def run_stamps(plan: PrivacyPlan, experiment: Experiment) -> tuple[str, ...]:
+    """Return the warnings that everything made by this run carries: the plan's, and that devices are copies."""
+    found = devices_and_users(experiment)
+    devices, users = found["devices"], found["users"]
+    if devices == users:
+        return plan.stamps()
+    copies = (
+        f"PER DEVICE: {devices:,} devices hold copies of the text of {users:,} users of the corpus, up to "
+        f"{-(-devices // users):,} devices a user; epsilon covers one device, not a user of the corpus"
+    )
+    return (*plan.stamps(), copies)
+
+
+def privacy_figures(plan: PrivacyPlan, experiment: Experiment) -> dict[str, Any]:
+    """Return the plan's figures with its statement and every stamp of the run."""
+    stamps = run_stamps(plan, experiment)
+    added = stamps[len(plan.stamps()) :]
+    statement = " ".join([plan.statement(), *(f"{stamp}." for stamp in added)])
+    return {**plan.figures(), "statement": statement, "stamps": list(stamps)}
