@@ -97,8 +97,7 @@ class OwnRows:
             gradient: (..., D), or (...) for the bias.
             rate: Learning rate.
         """
-        table = self._tables[name]
-        table.index_add_(0, self._target[places.view(-1)], gradient.reshape(-1, *table.shape[1:]), alpha=-rate)
+        descend_at(self._tables[name], self._target[places.view(-1)], gradient, rate)
 
     def parts(self, places: Places, spec: UpdateSpec) -> list[Part]:
         """Return how a device's rows of the round's set have changed.
@@ -136,6 +135,23 @@ class OwnRows:
         self.input = self._tables[INPUT_TABLE]
         self.output = self._tables.get(OUTPUT_TABLE, self.input)
         self.bias = self._tables.get(OUTPUT_BIAS)
+
+
+def descend_at(table: Tensor, places: Tensor, gradient: Tensor, rate: float) -> None:
+    """Subtract rate * gradient from the rows of a table, in place.
+
+    Arguments:
+        table: (L, D), or the biases (L,).
+        places: (M,) with repetitions.
+        gradient: M times what a row has.
+        rate: Learning rate.
+    """
+    if table.dim() > 1:
+        table.index_add_(0, places, gradient.reshape(-1, *table.shape[1:]), alpha=-rate)
+    else:
+        # Biases are large (log frequencies) and steps small: added one by one, each would be rounded to the bias.
+        step = torch.zeros_like(table).index_add_(0, places, gradient.reshape(-1))
+        table.sub_(step, alpha=rate)
 
 
 def tables_of(model: LanguageModel) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from fedlm.models.base import LanguageModel
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec
-from fedlm.training.group_rows import Places, tables_of
+from fedlm.training.group_rows import Places, descend_at, tables_of
 from fedlm.training.work import RoundWork
 
 
@@ -62,9 +62,8 @@ class WholeTable:
 
     def descend(self, name: str, places: Tensor, gradient: Tensor, rate: float) -> None:
         """Take a step of SGD on rows, wherever they train; see `OwnRows.descend`."""
-        table, flat = self._tables[name], places.view(-1)
-        target = torch.where(flat < self.num_moving, flat, self.spare)
-        table.index_add_(0, target, gradient.reshape(-1, *table.shape[1:]), alpha=-rate)
+        flat = places.view(-1)
+        descend_at(self._tables[name], torch.where(flat < self.num_moving, flat, self.spare), gradient, rate)
 
     def parts(self, places: Places, spec: UpdateSpec) -> list[Part]:
         """Return how the rows of the round's set, all of them, have changed."""
@@ -139,7 +138,7 @@ class _Step(torch.autograd.Function):
             scale = (reference - log_z).exp_().mul_(column)  # (N, 1) from exponentials to weighted probabilities
             table[moving].addmm_(e.T, hidden * scale, alpha=-row_rate)
             if bias is not None:
-                bias[moving].addmv_(e.T, scale[:, 0], alpha=-rate)
+                bias[moving].sub_(e.T @ scale[:, 0], alpha=rate)  # addmv_ would round each token's term to the bias
         own.descend(OUTPUT_TABLE if OUTPUT_TABLE in own._tables else INPUT_TABLE, targets, -column * hidden, row_rate)
         if bias is not None:
             own.descend(OUTPUT_BIAS, targets, -weights, rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,24 @@ def test_a_tensor_that_no_leaf_knows_trains_one_by_one() -> None:
         c = config(*KINDS[kind])
         llama = PretrainedModel(LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes)))
         assert (why_not_grouped(_trainable(c, llama), c) == "") == is_known
+
+
+def test_small_steps_of_large_biases_are_not_lost_in_rounding() -> None:
+    """Log frequencies are near -10 and a token's share of a step near 1e-6: terms must be added up before the bias."""
+    c = config(*NONE, "trainable.embedding_rows.count=60", "trainable.embedding_rows.sampler=top_k",
+               "loss.kind=full_softmax", "local.learning_rate=0.001", "data.sequence_length=120")  # fmt: skip
+    for loss in ("full_softmax", "nce"):
+        a_round = Round(replace(c, loss=replace(c.loss, kind=loss)))
+        a_round.blocks["output_bias"] -= 12
+        tokens = texts((361,))
+        expected, found = (
+            a_round.one_by_one(tokens)[0].update,
+            dense(a_round.in_groups(tokens)[0].parts, a_round.spec.size),
+        )
+        bias = next(block for block in a_round.spec.blocks if block.name == "output_bias")
+        rounding = 2 * np.spacing(np.abs(a_round.blocks["output_bias"]))
+        assert (np.abs(bias.view(found) - bias.view(expected)) <= rounding).all()
+        assert (bias.view(expected) != 0).mean() > 0.9
 
 
 def test_whole_model_with_the_full_softmax() -> None:
