@@ -6,9 +6,12 @@ never does.
 
 from __future__ import annotations
 
+import math
+from io import BytesIO
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
 from fedlm.messages import pack, unpack
@@ -27,6 +30,17 @@ def to_records(name: str, message: Any) -> Records:
 
 
 def from_records(cls: type[Message], name: str, records: RecordDict) -> Message:
-    """Rebuild the message of class `cls` that `to_records(name, ...)` packed."""
-    arrays = {key: array.numpy() for key, array in records.array_records[f"{name}.arrays"].items()}
+    """Rebuild the message of class `cls` that `to_records(name, ...)` packed; its arrays are read-only, not copied."""
+    arrays = {key: _view(array) for key, array in records.array_records[f"{name}.arrays"].items()}
     return unpack(cls, arrays, dict(records.config_records[f"{name}.scalars"]))
+
+
+def _view(array: Array) -> npt.NDArray[Any]:
+    """Return `array.numpy()`, which copies, as a view of the bytes; whatever is not plain is left to flwr to judge."""
+    head = BytesIO(array.data)  # shares the bytes
+    if array.stype != "numpy.ndarray" or np.lib.format.read_magic(head) != (1, 0):
+        return array.numpy()
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
+    if fortran_order or dtype.hasobject:
+        return array.numpy()
+    return np.frombuffer(array.data, dtype, math.prod(shape), head.tell()).reshape(shape)

@@ -229,7 +229,7 @@ class Engine:
 
         def take(partial: PartialSum) -> None:
             fields = {"clip_norm": self._plan.clip_norm, "num_devices": partial.num_devices}
-            total.add_sum(self._plan.sum_from_arrays(partial.total, fields))
+            total.add_arrays(partial.total, fields)
 
         for index, records in self._dispatcher.train(self._order("train", t - 1), self._pieces(cohort), take):
             reply = from_records(TrainReply, "reply", records)

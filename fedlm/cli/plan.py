@@ -33,6 +33,9 @@ def plan(
     epsilon: Annotated[
         float | None, typer.Option(click_type=Positive(), help="Calibrate the noise to this epsilon.")
     ] = None,
+    max_noise: Annotated[
+        float, typer.Option(click_type=Positive(), help="Largest noise-to-signal of a round that still fits.")
+    ] = 1.0,
     json: Json = False,
 ) -> None:
     """Print payload, memory, noise and time before any training, and which settings fit a device.
@@ -49,14 +52,14 @@ def plan(
 
     experiment = Experiment.open(settings)
     device = Device(ram or math.inf, bandwidth, gflops, deadline or math.inf)
-    found = _forecast(experiment, plan_of(experiment), device)
+    found = _forecast(experiment, plan_of(experiment), device, max_noise)
     if json:
         print_json(found)
     else:
         _show(found)
 
 
-def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device) -> dict[str, Any]:
+def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device, max_noise: float) -> dict[str, Any]:
     """Return everything that the verb prints, as plain values."""
     import numpy as np
 
@@ -73,6 +76,7 @@ def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device) -> di
     moved = payload(config, spec, frequencies, terms)
     new_model = partial(structure, experiment)
     peak_mb = cost.peak_mb(num_tokens)
+    grid = settings(config, new_model, frequencies, num_tokens, terms, device, most_noise=max_noise)
     return {
         "coordinates": spec.size,
         "payload": asdict(moved),
@@ -86,7 +90,8 @@ def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device) -> di
         "delta": terms.delta,
         "time": asdict(round_time(cost, device, moved, int(np.median(num_tokens)), terms)),
         "device": asdict(device),
-        "settings": [asdict(s) for s in settings(config, new_model, frequencies, num_tokens, terms, device)],
+        "max_noise_to_signal": max_noise,
+        "settings": [asdict(setting) for setting in grid],
     }
 
 

@@ -106,6 +106,7 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
                 f"{up} up, {down} down a round; {figure(summary.peak_device_mb, 3)} MB of memory at most",
             ),
             ("training", f"{summary.rounds} rounds, {figure(summary.devices_trained)} devices"),
+            *_fleet(summary),
             (
                 "speed",
                 f"{figure(summary.devices_per_second, 3)} devices/s, {figure(summary.seconds, 3)} s in all",
@@ -114,6 +115,19 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
             ("report", str(Path(summary.run_dir) / "report.html")),
         ]
     )
+
+
+def _fleet(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return the lines of a simulated fleet: none where every device took part and no clock ran."""
+    from simulations.report.figures import figure
+
+    lines = []
+    if lost := summary.lost_by_cause:
+        causes = ", ".join(f"{cause} {figure(count)}" for cause, count in lost.items())
+        lines.append(("lost", f"{figure(sum(lost.values()))} of {figure(summary.devices_sampled)} sampled: {causes}"))
+    if summary.virtual_hours is not None:
+        lines.append(("fleet clock", f"{figure(summary.virtual_hours, 3)} virtual hours"))
+    return lines
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -28,6 +28,7 @@ from fedlm.training.cost import CostModel
 
 RANKS, ROWS, BATCHES = (0, 4, 16), (0, 2_000, 5_000, 10_000), (4, 16)
 LOSSES = ("nce", "full_softmax")
+MOST_NOISE = 1.0  # noise-to-signal of a round: beyond, the noise is longer than the longest possible mean update
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Setting:
         peak_mb: Of the largest user.
         round_s: Of the largest user.
         noise_to_signal: sqrt(P) z / n.
-        fits: Whether the largest user keeps memory and deadline.
-        misses: What it does not keep: "memory", "deadline".
+        fits: Whether the largest user keeps memory and deadline, and the noise its limit.
+        misses: What is not kept: "memory", "deadline", "noise".
     """
 
     rank: int
@@ -65,6 +66,8 @@ def settings(
     num_tokens: Counts,
     terms: PrivacyTerms,
     device: Device,
+    *,
+    most_noise: float = MOST_NOISE,
 ) -> list[Setting]:
     """Return every setting, those that fit first, within them the least noise-to-signal first.
 
@@ -75,6 +78,7 @@ def settings(
         num_tokens: Of the fleet's users (U,).
         terms: The privacy plan's: noise multiplier and cohort do not depend on these settings.
         device: What must suffice.
+        most_noise: The largest noise-to-signal of a round that still fits.
     """
     largest = int(num_tokens.max())
     found, models = [], dict[tuple[int, bool], tuple[LanguageModel, UpdateSpec]]()
@@ -88,18 +92,14 @@ def settings(
         cost = CostModel(choice, spec, model, frequencies=frequencies)
         moved = payload(choice, spec, frequencies, terms)
         setting = _priced(choice, cost, spec, moved, largest, terms, device)
-        found.append(replace(setting, asked=choice == config))
+        found.append(_judged(replace(setting, asked=choice == config), device, most_noise))
     return sorted(found, key=lambda s: (not s.fits, s.noise_to_signal, s.round_s, s.peak_mb))
 
 
 def _priced(
     config: Config, cost: CostModel, spec: UpdateSpec, moved: Payload, largest: int, terms: PrivacyTerms, device: Device
 ) -> Setting:
-    """Return a choice with its price; whether it is the asked one is for the caller to say."""
-    peak_mb = float(sum(part[0] for part in cost.parts_mb(np.array([largest])).values()))
-    round_s = round_time(cost, device, moved, largest, terms).round_s
-    limits = {"memory": peak_mb <= device.ram_mb, "deadline": round_s <= device.deadline_s}
-    misses = tuple(name for name, kept in limits.items() if not kept)
+    """Return a choice with its price; whether it is the asked one, and fits, is for others to say."""
     return Setting(
         rank=config.trainable.lora.rank,
         rows=config.trainable.embedding_rows.count,
@@ -108,12 +108,22 @@ def _priced(
         asked=False,
         bytes_up=moved.up,
         bytes_down=moved.down_again,
-        peak_mb=peak_mb,
-        round_s=round_s,
+        peak_mb=float(sum(part[0] for part in cost.parts_mb(np.array([largest])).values())),
+        round_s=round_time(cost, device, moved, largest, terms).round_s,
         noise_to_signal=noise_to_signal(spec, terms)["all"],
-        fits=not misses,
-        misses=misses,
+        fits=True,
+        misses=(),
     )
+
+
+def _judged(setting: Setting, device: Device, most_noise: float) -> Setting:
+    kept = {
+        "memory": setting.peak_mb <= device.ram_mb,
+        "deadline": setting.round_s <= device.deadline_s,
+        "noise": setting.noise_to_signal <= most_noise,
+    }
+    misses = tuple(name for name, is_kept in kept.items() if not is_kept)
+    return replace(setting, fits=not misses, misses=misses)
 
 
 def _around(config: Config, vocabulary_size: int) -> Iterator[Config]:

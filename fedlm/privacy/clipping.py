@@ -223,6 +223,32 @@ class ClippedSum:
         self._num_devices += other.num_devices
         other._vector = None
 
+    def add_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> None:
+        """Check a sum that came over the wire and add it: `from_arrays` and `add_sum` without a copy.
+
+        Arguments:
+            vector: (P,) int64; not kept.
+            fields: As `to_arrays` returned them.
+
+        Raises:
+            DataError: As `from_arrays`, or another size than this sum; nothing was added.
+            ConfigError: More devices than the sum can hold; nothing was added.
+        """
+        total = self._live()
+        if _require_int64(vector).size != self._size:
+            raise DataError(f"sum of size {vector.size:,} does not fit size {self._size:,}; use one update layout")
+        num_devices = fields.get("num_devices")
+        if set(fields) != {"clip_norm", "num_devices"} or type(num_devices) is not int:
+            raise DataError(f"a clipped sum has fields {sorted(fields)}, must have clip_norm and num_devices")
+        if fields["clip_norm"] != self.clip_norm:
+            raise DataError(f"sum was clipped to {fields['clip_norm']}, this plan clips to {self.clip_norm}")
+        if not 0 <= num_devices <= self._clipper.capacity:
+            raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {self._clipper.capacity:,}")
+        self._check_magnitude(vector, num_devices)
+        self._reserve(num_devices)
+        total += vector
+        self._num_devices += num_devices
+
     def to_arrays(self) -> tuple[IntVector, dict[str, int | float]]:
         """Return what travels: a read-only view of the vector (P,), and its fields."""
         view = self._live().view()
@@ -244,19 +270,8 @@ class ClippedSum:
         Raises:
             DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum.
         """
-        if type(vector) is not np.ndarray or vector.dtype != np.int64 or vector.ndim != 1 or not vector.size:
-            raise DataError("a clipped sum must be a non-empty int64 vector; send what ClippedSum.to_arrays returns")
-        num_devices = fields.get("num_devices")
-        if set(fields) != {"clip_norm", "num_devices"} or type(num_devices) is not int:
-            raise DataError(f"a clipped sum has fields {sorted(fields)}, must have clip_norm and num_devices")
-        if fields["clip_norm"] != clipper.clip_norm:
-            raise DataError(f"sum was clipped to {fields['clip_norm']}, this plan clips to {clipper.clip_norm}")
-        if not 0 <= num_devices <= clipper.capacity:
-            raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {clipper.capacity:,}")
-        result = clipper.new_sum(vector.size)
-        np.copyto(result._live(), vector)
-        result._num_devices = num_devices
-        result._check_magnitude()
+        result = clipper.new_sum(_require_int64(vector).size)
+        result.add_arrays(vector, fields)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -344,16 +359,20 @@ class ClippedSum:
                 chunk = total[start : start + size]
                 np.add(chunk, fixed, out=chunk)
 
-    def _check_magnitude(self) -> None:
-        vector = self._live()
+    def _check_magnitude(self, vector: IntVector, num_devices: int) -> None:
         if self.clip_norm == math.inf:
             size = max(int(vector.max()), -int(vector.min())) / _UNITS
-            allowed = self._num_devices * _UNCLIPPED_PEAK
+            allowed = num_devices * _UNCLIPPED_PEAK
         else:
             size = math.sqrt(math.fsum(self._squares(vector))) * self._clipper.unit
-            allowed = self._num_devices * self.clip_norm * (1 - _ARRIVAL_MARGIN)
+            allowed = num_devices * self.clip_norm * (1 - _ARRIVAL_MARGIN)
         if size > allowed:
             raise DataError(
-                f"sum of {self._num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; "
-                "the sender did not clip"
+                f"sum of {num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; the sender did not clip"
             )
+
+
+def _require_int64(vector: IntVector) -> IntVector:
+    if type(vector) is not np.ndarray or vector.dtype != np.int64 or vector.ndim != 1 or not vector.size:
+        raise DataError("a clipped sum must be a non-empty int64 vector; send what ClippedSum.to_arrays returns")
+    return vector

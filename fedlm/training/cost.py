@@ -15,6 +15,7 @@ Legend: V vocabulary, D width, P length of the update, L rows in play, U devices
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ PARTS = (
 )
 _BYTES_PER_WORD = 36  # frequencies, cumulative noise, its logarithms, place in the row set and among the rows in play
 _BYTES_PER_TOKEN = 17  # input, target and mask of a batch
-_MOST_POINTS = 40
+_POINTS_TO_FULL, _POINTS_A_DOUBLING = 10, 4  # of the sizes between which the peak is interpolated
 
 
 class Work(NamedTuple):
@@ -122,13 +123,18 @@ class CostModel:
         self._row_set = every_row if spec.row_ids is None else spec.row_ids
         self._noise = np.exp(NoiseDistribution(self._frequencies, config.loss, self._row_set).log_expected)
         received = received_probabilities(config.trainable.embedding_rows, self._frequencies, num_patches)
+        self._totals: dict[int, float] = {}  # MB by tokens, as far as asked for
         self._private_pages = touched_blocks(received, 4 * self._width, PAGE)  # (pages,)
 
     def peak_mb(self, num_tokens: Counts) -> Floats:
-        """Return the peak resident memory (U,), MB, of a device that holds `num_tokens` (U,) tokens."""
-        points = self._points(num_tokens)
-        total = np.sum(list(self.parts_mb(points).values()), axis=0)  # (k,)
-        return np.asarray(np.interp(num_tokens, points, total), np.float64)
+        """Return the peak resident memory (U,), MB, of a device that holds `num_tokens` (U,) tokens.
+
+        Interpolated between sizes that the config alone decides: whoever else is asked about changes no figure, or one
+        device's data would decide whether another one trains (`server.turnout`).
+        """
+        points = self._points(int(np.max(num_tokens, initial=0)))
+        totals = [self._total_mb(int(point)) for point in points]  # (k,)
+        return np.asarray(np.interp(num_tokens, points, totals), np.float64)
 
     def gigaflops(self, num_tokens: Counts) -> Floats:
         """Return the work (U,), 1e9 floating-point operations, 2 a multiply-add; matrix products alone count."""
@@ -149,14 +155,22 @@ class CostModel:
         rows = [self._parts(self._work(int(n))) for n in num_tokens]
         return {name: np.array([row.get(name, 0.0) for row in rows]) for name in PARTS}
 
-    def _points(self, num_tokens: Counts) -> Counts:
-        """Return where to compute: both sides of each further sequence up to a full batch, then evenly in the log."""
-        length, most = self._config.data.sequence_length, int(np.max(num_tokens, initial=2))
-        full = self._config.local.batch_size
-        whole = np.unique(np.linspace(1, full, min(full, _MOST_POINTS // 4)).astype(np.int64)) * length + 1
-        beyond = np.geomspace(full * length + 2, max(most, full * length + 3), _MOST_POINTS // 4).astype(np.int64)
+    def _points(self, most: int) -> Counts:
+        """Return the sizes to compute, up to the first that is not below `most`.
+
+        They are both sides of some whole sequences up to a full batch, then even in the logarithm.
+        """
+        length, full = self._config.data.sequence_length, self._config.local.batch_size
+        whole = np.unique(np.linspace(1, full, min(full, _POINTS_TO_FULL)).astype(np.int64)) * length + 1
+        num_beyond = max(0, math.ceil(_POINTS_A_DOUBLING * math.log2(max(most, 1) / (full * length)))) + 1
+        beyond = np.ceil((full * length + 2) * 2 ** (np.arange(num_beyond) / _POINTS_A_DOUBLING)).astype(np.int64)
         points = np.unique(np.concatenate([[0, 1, 2], whole, whole + 1, beyond]))
         return points[: int(np.searchsorted(points, most)) + 1]
+
+    def _total_mb(self, num_tokens: int) -> float:
+        if num_tokens not in self._totals:
+            self._totals[num_tokens] = sum(self._parts(self._work(num_tokens)).values())
+        return self._totals[num_tokens]
 
     def _work(self, words: int) -> Work:
         local, length = self._config.local, self._config.data.sequence_length

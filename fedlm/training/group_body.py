@@ -244,22 +244,28 @@ class GroupLayerNorm(nn.Module):
 
     def __init__(self, norm: nn.LayerNorm, group: Group) -> None:
         super().__init__()
-        self._group, self._shape, self._eps = group, norm.normalized_shape, norm.eps
-        self._gain, self._bias = group.slot(norm.weight), group.slot(norm.bias)
-        self._common_gain = None if self._gain is not None or norm.weight is None else norm.weight.detach()
-        # A common bias comes after a gain of the device's own, never before it.
-        self._common_bias = None if self._bias is not None or norm.bias is None else norm.bias.detach()
+        self.group, self.shape, self.eps = group, norm.normalized_shape, norm.eps
+        self.gain: Tensor | None = None if norm.weight is None else norm.weight.detach()
+        self.bias: Tensor | None = None if norm.bias is None else norm.bias.detach()
+        self.gain_slot, self.bias_slot = group.slot(norm.weight), group.slot(norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (G S, ..., D) to the same shape."""
-        if self._gain is None and self._bias is None:
-            return F.layer_norm(x, self._shape, self._common_gain, self._common_bias, self._eps)
-        y = F.layer_norm(x, self._shape, self._common_gain, None, self._eps)
-        if self._gain is not None:
-            y = _Scale.apply(y, _NO_GRADIENT, self._gain, self._group)  # type: ignore[no-untyped-call]
-        if self._bias is not None:
-            return _Shift.apply(y, _NO_GRADIENT, self._bias, self._group)  # type: ignore[no-untyped-call,no-any-return]
-        return y if self._common_bias is None else y + self._common_bias
+        if self.gain_slot is None and self.bias_slot is None:
+            return F.layer_norm(x, self.shape, self.gain, self.bias, self.eps)
+        y: Tensor = _LayerNorm.apply(x, _NO_GRADIENT, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def gains(self) -> Tensor:
+        """Return the gain, (D,) or (G, 1, D)."""
+        assert self.gain is not None
+        return self.gain if self.gain_slot is None else self.gain_slot.value[:, None]
+
+    def biases(self) -> Tensor:
+        """Return the bias, (D,) or (G, 1, D)."""
+        if self.bias is None:
+            return torch.zeros(())
+        return self.bias if self.bias_slot is None else self.bias_slot.value[:, None]
 
 
 class GroupPositions(nn.Module):
@@ -296,31 +302,31 @@ class GroupDropout(nn.Module):
         return x * mask.view(x.shape)
 
 
-class _Scale(torch.autograd.Function):
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor, slot: _Slot, group: Group) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.slot, ctx.group = slot, group
-        return (_by_device(x, group) * slot.value[:, None]).view(x.shape)
+    def forward(ctx: Any, x: Tensor, _: Tensor, norm: GroupLayerNorm) -> Tensor:
+        normed, mean, inverse_std = torch.native_layer_norm(x, norm.shape, None, None, norm.eps)
+        ctx.save_for_backward(x, normed, mean, inverse_std)
+        ctx.norm = norm
+        return torch.addcmul(norm.biases(), _by_device(normed, norm.group), norm.gains()).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        grad = _by_device(grad_outputs[0], ctx.group)  # (G, N, D)
-        ctx.slot.add((grad * _by_device(x, ctx.group)).sum(1))
-        return (grad * ctx.slot.value[:, None]).view(x.shape), None, None, None
-
-
-class _Shift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor, slot: _Slot, group: Group) -> Tensor:
-        ctx.slot, ctx.group = slot, group
-        return (_by_device(x, group) + slot.value[:, None]).view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.slot.add(_by_device(grad_outputs[0], ctx.group).sum(1))
-        return grad_outputs[0], None, None, None
+        x, normed, mean, inverse_std = ctx.saved_tensors
+        norm: GroupLayerNorm = ctx.norm
+        grad = _by_device(grad_outputs[0], norm.group)  # (G, N, D)
+        if norm.bias_slot is not None:
+            norm.bias_slot.add(grad.sum(1))
+        if norm.gain_slot is not None:
+            norm.gain_slot.add((grad * _by_device(normed, norm.group)).sum(1))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        inner = (grad * norm.gains()).view(x.shape)
+        needed = [True, False, False]
+        g_x = torch.ops.aten.native_layer_norm_backward(
+            inner, x, norm.shape, mean, inverse_std, None, None, needed
+        )[0]  # fmt: skip
+        return g_x, None, None
 
 
 class _AddPositions(torch.autograd.Function):

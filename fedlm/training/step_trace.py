@@ -17,6 +17,7 @@ import copy
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ from fedlm.models.base import LanguageModel
 from fedlm.models.layers import Dropout
 
 aten = torch.ops.aten
+_MOST_RESULTS = 20_000
+_results: dict[Any, tuple[Any, ...]] = {}  # see `_repeated`
 _FIX = "measure a device of it as benchmarks/device_memory.py does"
 Floats = npt.NDArray[np.float64]
 
@@ -165,7 +168,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func._overloadpacket
         self.flops += _flops(packet, args, kwargs, out)
         self.inner.append(_inner_bytes(packet, args))
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())
         return out
@@ -192,7 +195,58 @@ def _on_shapes(func: Any, args: Any, kwargs: Any) -> Any:
     if func is aten.add.Tensor and not torch.is_grad_enabled() and args[0].shape == getattr(args[1], "shape", None):
         # Autograd adds a second gradient into the first, but not where a mode like ours could be watching.
         return args[0].add_(args[1])
-    return func(*args, **kwargs)
+    return _repeated(func, args, kwargs) if _makes_new(func) else func(*args, **kwargs)
+
+
+@lru_cache(maxsize=1024)
+def _makes_new(func: Any) -> bool:
+    """Tell whether an operator says that it changes nothing and returns no view."""
+    return not func._schema.is_mutable and not any(value.alias_info for value in func._schema.returns)
+
+
+def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operator whose result depends on shapes alone once for each of them: layers and traces repeat most."""
+    key = (func, _signature(args), tuple((name, _signature(value)) for name, value in kwargs.items()))
+    if (layout := _results.get(key)) is None:
+        out = func(*args, **kwargs)
+        if len(_results) >= _MOST_RESULTS:
+            _results.clear()
+        _results[key] = _layout(out, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+        return out
+    if layout == ():
+        return func(*args, **kwargs)
+    new = [
+        one and torch.empty_strided(*one[:2], dtype=one[2], device=one[3]) for one in layout[1]
+    ]  # a gradient may be None
+    return new[0] if layout[0] is Tensor else tuple(new)
+
+
+def _signature(value: Any) -> Any:
+    """Return what decides about a result; types too, since 1, 1.0 and True are equal."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_signature, value))
+    return type(value), value
+
+
+def _layout(out: Any, arguments: list[Tensor]) -> tuple[Any, ...]:
+    """Return the kind of a result and the layout of its tensors; () where calling again is safer."""
+    found: list[Any] = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else [0]
+    leaves = [leaf for leaf in found if isinstance(leaf, Tensor)]
+    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in found):
+        return ()
+    storages = {leaf.untyped_storage()._cdata for leaf in leaves}
+    is_new = len(storages) == len(leaves) and storages.isdisjoint(t.untyped_storage()._cdata for t in arguments)
+    layouts = [None if leaf is None else _signature(leaf) for leaf in found]
+    whole = all(leaf.untyped_storage().nbytes() == _extent(leaf) and not leaf.storage_offset() for leaf in leaves)
+    return (Tensor if isinstance(out, Tensor) else tuple, layouts) if is_new and whole else ()
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return the bytes that `torch.empty_strided` gives a tensor of this layout."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -255,7 +309,7 @@ def _record(model: LanguageModel, loss: LossConfig, sizes: tuple[int, int, int, 
 
     recorder = _Recorder([*existing, *model.parameters(), *model.buffers()])
     model.train()
-    with _FusedAttention(), recorder:
+    with torch.device("meta"), _FusedAttention(), recorder:  # what the model makes has no values either
         step()
     recorder.deaths = [len(recorder.inner) if death < 0 else death for death in recorder.deaths]
     return recorder

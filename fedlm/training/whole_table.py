@@ -4,6 +4,10 @@ Scores (N, V) are formed once and stay where they are: turned into exponentials 
 cache, they give log Z and the gradient of the hidden states on the way forward, and the step of SGD on the table on the
 way back, without a gradient of the table ever existing. That costs three products and (N, V) of memory; the program of
 one device (`losses/full_softmax.py`) costs four products and almost no memory.
+
+The table is kept wide, a row being [e_w, b_w, 1], and a token's hidden state too, [h, 1, -s] with s its target's score.
+One product then gives u_w - s, whose exponential is e; e times the wide table gives sum e_w e_w and the normaliser,
+and e^T times the wide steps moves rows and biases. What is left beside products is the exponential.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from fedlm.models.base import LanguageModel
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
@@ -35,13 +39,17 @@ class WholeTable:
 
     def __init__(self, model: LanguageModel) -> None:
         self._sources = tables_of(model)
+        V, D = model.input_table.shape
         # One row more than the vocabulary: what padding reads, and what takes gradients of rows that do not train.
-        self._tables = {n: s.new_zeros(len(s) + 1, *s.shape[1:]) for n, s in self._sources.items()}
+        self.wide = torch.zeros(V + 1, D + 2)
+        self.wide[:, -1] = 1
+        self.spare = V
+        self.output, self.bias = self.wide[:, :D], self.wide[:, D]
+        self.output_name = INPUT_TABLE if model.tied else OUTPUT_TABLE
+        self.input = self.output if model.tied else torch.zeros(V + 1, D)
+        tables = {INPUT_TABLE: self.input, self.output_name: self.output, OUTPUT_BIAS: self.bias}
+        self._tables = {name: tables[name] for name in self._sources}
         self._scores = torch.empty(0)
-        self.spare = len(model.input_table)
-        self.input = self._tables[INPUT_TABLE]
-        self.output = self._tables.get(OUTPUT_TABLE, self.input)
-        self.bias = self._tables.get(OUTPUT_BIAS)
 
     def start_round(self, work: RoundWork) -> None:
         """Order the words for one round."""
@@ -57,7 +65,7 @@ class WholeTable:
         """Copy the tables for the one device of the group; see `OwnRows.open`."""
         (ids,) = occurrences
         for name, source in self._sources.items():
-            torch.index_select(source, 0, self._index, out=self._tables[name][:-1])
+            self._tables[name][:-1] = source.index_select(0, self._index)
         return [Places(self._place[ids], self._ids, 0)]
 
     def descend(self, name: str, places: Tensor, gradient: Tensor, rate: float) -> None:
@@ -87,15 +95,31 @@ class WholeTable:
             row_rate: Learning rate of the rows.
             rate: Learning rate of the biases.
         """
+        self.reserve(len(hidden), chunk)
         loss: Tensor = _Step.apply(hidden, self, targets, weights, chunk, row_rate, rate)  # type: ignore[no-untyped-call]
         return loss
 
-    def scores(self, num_tokens: int) -> Tensor:
-        """Return memory for (V, N) numbers, flat, which keeps its place between calls."""
-        size = self.spare * num_tokens
+    @property
+    def names(self) -> set[str]:
+        """The tables that there are."""
+        return set(self._sources)
+
+    def chunks(self, num_rows: int, size: int) -> list[slice]:
+        """Return the chunks of the first rows; a chunk of fewer rows is the beginning of the whole one."""
+        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+    def reserve(self, num_tokens: int, chunk: int) -> None:
+        """Get memory for the scores of a step; it keeps its place from step to step."""
+        self._chunk = min(chunk, self.spare)
+        size = -(-self.spare // self._chunk) * self._chunk * num_tokens
         if len(self._scores) < size:
             self._scores = torch.empty(size)
-        return self._scores[:size]
+
+    def scores(self, part: slice, num_tokens: int) -> Tensor:
+        """Return the memory of a chunk's scores, (N, W): each chunk lies together."""
+        start = part.start * num_tokens
+        whole = self._scores[start : start + self._chunk * num_tokens].view(num_tokens, self._chunk)
+        return whole[:, : part.stop - part.start]
 
 
 class _Step(torch.autograd.Function):
@@ -110,40 +134,25 @@ class _Step(torch.autograd.Function):
         row_rate: float,
         rate: float,
     ) -> Tensor:
-        table, bias = own.output, own.bias
-        memory = own.scores(len(hidden))
-        chunks = [slice(i, min(i + chunk, own.spare)) for i in range(0, own.spare, chunk)]
-        target_rows = embedding(targets, table)  # (N, D)
-        target_scores = (hidden * target_rows).sum(-1) + (0 if bias is None else bias[targets])  # (N,)
-        largest = hidden.new_full((len(hidden), 1), -torch.inf)  # (N, 1) of the scores so far
-        total, mean_row = torch.zeros_like(largest), torch.zeros_like(hidden)  # sums relative to exp(largest)
-        references = []
-        for part in chunks:
-            e, rows = _chunk_of(memory, part, len(hidden)), table[part]  # (N, W), (W, D)
-            torch.mm(hidden, rows.T, out=e) if bias is None else torch.addmm(bias[part], hidden, rows.T, out=e)
-            now = torch.maximum(largest, e.amax(1, keepdim=True))
-            shrink = largest.sub_(now).exp_()
-            e.sub_(now).exp_()
-            total.mul_(shrink).add_(e.sum(1, keepdim=True))
-            mean_row.mul_(shrink).addmm_(e, rows)
-            largest = now.clone()
-            references.append(now)
-        log_z = largest + total.log()  # (N, 1)
+        D = hidden.shape[1]
+        target_rows, target_bias = embedding(targets, own.output), own.bias[targets]  # (N, D), (N,)
+        target_scores = (hidden * target_rows).sum(-1) + target_bias  # (N,)
+        shift = target_scores
+        sums = _exponentials(own, hidden, shift, chunk)  # (N, D+2)
+        if not sums[:, -1].isfinite().all():  # a word scores 88 nats more than the target
+            shift = _largest_scores(own, hidden, chunk)
+            sums = _exponentials(own, hidden, shift, chunk)
+        total = sums[:, -1:]  # (N, 1) Z / exp(shift)
         column = weights[:, None]
-        for part, reference in zip(chunks, references, strict=True):
-            moving = slice(part.start, min(part.stop, own.num_moving))
-            if moving.start >= moving.stop:
-                break
-            e = _chunk_of(memory, part, len(hidden))[:, : moving.stop - moving.start]  # (N, W)
-            scale = (reference - log_z).exp_().mul_(column)  # (N, 1) from exponentials to weighted probabilities
-            table[moving].addmm_(e.T, hidden * scale, alpha=-row_rate)
-            if bias is not None:
-                bias[moving].sub_(e.T @ scale[:, 0], alpha=rate)  # addmv_ would round each token's term to the bias
-        own.descend(OUTPUT_TABLE if OUTPUT_TABLE in own._tables else INPUT_TABLE, targets, -column * hidden, row_rate)
-        if bias is not None:
+        scale = column / total  # (N, 1) from exponentials to weighted probabilities
+        steps = torch.cat([row_rate * scale * hidden, rate * scale, torch.zeros_like(scale)], 1)  # (N, D+2)
+        for part in own.chunks(own.num_moving, chunk):
+            own.wide[part].addmm_(own.scores(part, len(hidden)).T, steps, alpha=-1)
+        own.descend(own.output_name, targets, -column * hidden, row_rate)
+        if OUTPUT_BIAS in own.names:
             own.descend(OUTPUT_BIAS, targets, -weights, rate)
-        ctx.save_for_backward(mean_row.div_(total).sub_(target_rows).mul_(column))
-        return ((log_z[:, 0] - target_scores) * weights).sum()
+        ctx.save_for_backward((sums[:, :D] / total).sub_(target_rows).mul_(column))
+        return ((total[:, 0].log() + shift - target_scores) * weights).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,6 +160,19 @@ class _Step(torch.autograd.Function):
         return g_hidden, None, None, None, None, None, None
 
 
-def _chunk_of(memory: Tensor, part: slice, num_tokens: int) -> Tensor:
-    """Return the part of the memory for a chunk's scores, (N, W), contiguous."""
-    return memory[part.start * num_tokens : part.stop * num_tokens].view(num_tokens, -1)
+def _exponentials(own: WholeTable, hidden: Tensor, shift: Tensor, chunk: int) -> Tensor:
+    """Fill the memory with exp(u_w - shift); return their products with the wide rows, (N, D+2)."""
+    wide_hidden = torch.cat([hidden, torch.ones_like(shift)[:, None], -shift[:, None]], 1)  # (N, D+2)
+    sums = torch.zeros_like(wide_hidden)
+    for part in own.chunks(own.spare, chunk):
+        e = own.scores(part, len(hidden))  # (N, W)
+        torch.mm(wide_hidden, own.wide[part].T, out=e).exp_()
+        sums.addmm_(e, own.wide[part])
+    return sums
+
+
+def _largest_scores(own: WholeTable, hidden: Tensor, chunk: int) -> Tensor:
+    """Return each token's largest score (N,)."""
+    wide_hidden = pad(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1), (0, 1))  # (N, D+2)
+    parts = own.chunks(own.spare, chunk)
+    return torch.stack([(wide_hidden @ own.wide[part].T).amax(1) for part in parts]).amax(0)

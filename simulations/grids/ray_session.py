@@ -43,7 +43,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
 }
 
-_QUIET = {
+QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would report lost workers on stdout, which is for results
@@ -153,7 +153,7 @@ class RaySession(Generic[T]):
         self._release.wait()
 
     def _connect(self) -> None:
-        for name, value in (_QUIET if self._address else {**_QUIET, **_QUIET_LOCAL}).items():
+        for name, value in (QUIET if self._address else {**QUIET, **_QUIET_LOCAL}).items():
             os.environ.setdefault(name, value)
         self.ray = importlib.import_module("ray")
         atexit.register(self.close)  # after Ray's own hook, so it runs before it

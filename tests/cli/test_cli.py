@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedlm.cli import QUIET_ENVIRONMENT, main
+from fedlm.cli.runs import _print_summary
 from fedlm.config import config_hash, load_config
 from fedlm.config.keys import keys
+from simulations.summary import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -215,12 +218,43 @@ def test_version_and_help_are_on_standard_output() -> None:
         "report",
         "compare",
         "pretrain",
+        "plan",
         "privacy",
         "config",
         "strategies",
         "doctor",
     ):
         assert f"\n  {verb}" in asked.stdout
+
+
+def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = RunSummary(
+        "runs/x",
+        3,
+        70,
+        9.0,
+        8.0,
+        2.0,
+        None,
+        None,
+        "none",
+        10,
+        10,
+        None,
+        1.0,
+        1.0,
+        100,
+        {"dropout": 20, "memory": 10},
+        0.5,
+    )
+    _print_summary(summary, json=False)
+    told = capsys.readouterr().out
+    assert "30 of 100 sampled: dropout 20, memory 10" in told
+    assert "0.5 virtual hours" in told
+    _print_summary(replace(summary, lost_by_cause={}, virtual_hours=None), json=False)
+    plain = capsys.readouterr().out
+    assert "lost" not in plain
+    assert "virtual" not in plain
 
 
 def test_config_check_and_show_tell_the_resolved_config(config: str) -> None:

@@ -79,7 +79,19 @@ def test_memory_parts_add_up_and_settings_fit_when_the_largest_user_does(found: 
     assert asked["bytes_up"] == found["payload"]["up"]
     assert asked["noise_to_signal"] == found["noise_to_signal"]["all"]
     assert all(s["fits"] == (s["peak_mb"] <= 445) for s in settings)
+    assert all(s["noise_to_signal"] <= 1 for s in settings)
     assert [s["fits"] for s in settings] == sorted((s["fits"] for s in settings), reverse=True)
+
+
+def test_over_selection_counts_and_settings_that_drown_in_noise_do_not_fit(cache: Path) -> None:
+    done = plan(cache, "--json", "--epsilon", "3", "--max-noise", "0.05", "--set", "fleet.over_selection=1.3")
+    found = json.loads(done.stdout)
+    z = noise_multiplier(sampling_probability=0.0065, rounds=12, epsilon=3, delta=1e-6)
+    assert (found["expected_cohort"], found["noise_multiplier"]) == (650, z)
+    assert found["time"]["device_rounds"] == 12 * 13
+    kept = [s["noise_to_signal"] <= 0.05 for s in found["settings"]]
+    assert [s["fits"] for s in found["settings"]] == kept
+    assert {tuple(s["misses"]) for s in found["settings"]} == {(), ("noise",)}
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "power", "top_k", "cyclic"])

@@ -51,7 +51,7 @@ def test_one_device_moves_the_sum_by_at_most_the_clip_norm(update: Vector, clip_
         kept = min(1.0, clip_norm / exact) if exact else 1.0
         assert record.clipped == (exact > clip_norm * (1 - 2**-20)) or exact == pytest.approx(clip_norm, rel=1e-5)
         wanted = [float(value) * kept / clip_norm * UNITS for value in update]
-        assert contribution == pytest.approx(wanted, rel=2**-19, abs=1.0)
+        assert all(abs(c - w) <= 1 + 2**-19 * abs(w) for c, w in zip(contribution, wanted, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 8_191, 16_384, 16_385, 100_003])
@@ -251,3 +251,30 @@ def test_many_across_chunks_skip_what_is_zero() -> None:
     for update in updates[::-1]:
         apart.add(update)
     assert np.array_equal(together.to_arrays()[0], apart.to_arrays()[0])
+
+
+def test_arrays_that_are_added_at_once_count_as_their_sum_and_refused_ones_change_nothing() -> None:
+    clipper = Clipper(0.3)
+    ones, total, apart = clipper.new_sum(5), clipper.new_sum(5), clipper.new_sum(5)
+    ones.add_many(np.ones((3, 5), np.float32))
+    vector, fields = ones.to_arrays()
+    for _ in range(2):
+        total.add_arrays(vector, fields)
+        apart.add_sum(clipper.sum_from_arrays(vector, fields))
+    assert integers(total) == integers(apart)
+    assert total.num_devices == apart.num_devices == 6
+    full = {"clip_norm": 0.3, "num_devices": CAPACITY - 5}
+    for refused, of, error in (
+        (vector[:4], fields, DataError),
+        (vector * 2, fields, DataError),
+        (vector.astype(np.float64), fields, DataError),
+        (vector, {"clip_norm": 0.4, "num_devices": 3}, DataError),
+        (vector, full, ConfigError),
+    ):
+        with pytest.raises(error):
+            total.add_arrays(refused, of)  # type: ignore[arg-type]
+    assert integers(total) == integers(apart)
+    assert total.num_devices == 6
+    total._take()
+    with pytest.raises(BudgetExceededError):
+        total.add_arrays(vector, fields)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlm.config.schema import Config
-from simulations.grids.ray_session import available_cores
+from simulations.grids.ray_session import QUIET, available_cores
 from simulations.run import simulate
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 * 2**20}
@@ -26,7 +26,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Three raylets with one processor each: two for the workers, one to spare."""
     if available_cores() < 2:
         pytest.skip("a cluster of three raylets needs two processor cores")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():  # as the product sets them, before Ray is imported
+        monkeypatch.setenv(name, value)
     utils = importlib.import_module("ray.cluster_utils")
     started = utils.Cluster(
         initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "_system_config": QUICK}
@@ -52,7 +53,7 @@ def has_worker(node: Any) -> bool:
 
 
 def test_a_machine_lost_in_mid_round_changes_nothing(
-    cluster: Any, small: Callable[..., Config], tmp_path: Path
+    cluster: Any, small: Callable[..., Config], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("rounds=3", "execution.eval_every=0", "execution.group_size=2")
     simulate(small("execution.grid=inprocess", *settings), tmp_path / "quiet", lambda event: None)
@@ -67,6 +68,7 @@ def test_a_machine_lost_in_mid_round_changes_nothing(
     on_cluster = ("execution.grid=ray", "execution.workers=2", f"execution.address={cluster.address}")
     simulate(small(*on_cluster, *settings), tmp_path / "run", lose)
     assert lost
+    assert capfd.readouterr().out == ""  # which is for results
     values = [
         load_file(max((tmp_path / name / "checkpoints").glob("*.safetensors")))["values"] for name in ("quiet", "run")
     ]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedlm.errors import ConfigError, DataError, OutputError
 from fedlm.experiment import Experiment
 from server import app as server
 from simulations.grids.inprocess import InProcessGrid
+from simulations.grids.ray_session import RaySession, store_capacity
 from simulations.run import resume, simulate
 
 Make = Callable[..., Config]
@@ -71,6 +72,16 @@ def test_nodes_in_one_process_give_the_same_bits(small: Make, reference: Path, t
     assert comparable(tmp_path / "run") == comparable(reference)
 
 
+@pytest.fixture(scope="module")
+def on_ray() -> Iterator[None]:
+    """Ray is started once for this file; its runs join it and leave it running."""
+    session = RaySession(address="", store_bytes=store_capacity(0), on_connect=lambda ray: None)
+    session.wait()
+    yield
+    session.close()
+
+
+@pytest.mark.usefixtures("on_ray")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_workers_give_the_same_bits(small: Make, reference: Path, tmp_path: Path, workers: int) -> None:
     simulate(small("execution.grid=ray", f"execution.workers={workers}"), tmp_path / "run", quiet)
@@ -78,6 +89,7 @@ def test_ray_workers_give_the_same_bits(small: Make, reference: Path, tmp_path: 
     assert comparable(tmp_path / "run") == comparable(reference)
 
 
+@pytest.mark.usefixtures("on_ray")
 def test_a_worker_killed_in_each_of_ten_rounds_changes_nothing(small: Make, tmp_path: Path) -> None:
     """A worker takes its part of the round's sum along: those devices are done again, and none is counted twice."""
     longer = ("rounds=10", "execution.eval_every=0", "execution.group_size=2")

@@ -146,7 +146,7 @@ def virtual(small: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Conf
     (folder / "profile.csv").write_text(PROFILE)
     config = small(
         INPROCESS, f"fleet.profile={folder / 'profile.csv'}", "fleet.deadline_s=60", "fleet.round_interval_s=3600",
-        "fleet.device_log=true", "fleet.cohort=100",
+        "fleet.device_log=true", "fleet.cohort=100", "execution.eval_every=0",
     )  # fmt: skip
     simulate(config, folder / "run", quiet)
     return config, folder
