@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -72,9 +71,8 @@ class RayFleet:
         self._ray = ray
         self._shared = shared
         self._timeout_s = timeout_s
-        gpus = gpu_share(int(ray.cluster_resources().get("GPU", 0)), len(plans))
         self._actor_class = ray.remote(Worker).options(
-            num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": dict(environment)}
+            num_cpus=1, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": dict(environment)}
         )
         self._events: list[dict[str, Any]] = []
         self.broadcasts = BroadcastStore(ray.put)
@@ -160,13 +158,6 @@ class RayFleet:
         if node.actor is not None:
             self._ray.kill(node.actor, no_restart=True)
         node.actor = node.starting = None
-
-
-def gpu_share(num_gpus: int, num_workers: int) -> float:
-    """Return the GPUs, or the part of one, that each worker asks for: the most with which all find room."""
-    if num_workers <= num_gpus:
-        return num_gpus // num_workers
-    return math.floor(1e4 / math.ceil(num_workers / num_gpus)) / 1e4 if num_gpus else 0  # Ray counts in 1/10,000
 
 
 def _cause(error: BaseException) -> str:

@@ -173,6 +173,7 @@ class RaySession(Generic[T]):
         return {
             "address": "local",
             "num_cpus": available_cores(),
+            "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": self._store_bytes,
         }
