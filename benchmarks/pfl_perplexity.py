@@ -49,6 +49,7 @@ Rates = dict[str, tuple[float, ...]]
 def main() -> None:
     """Sweep and train both sides, and print perplexities and the rates chosen."""
     arguments = _parser().parse_args()
+    arguments.corpus = str(Path(arguments.corpus).resolve())  # as runs store it: one corpus, one cached base
     config = base_config(arguments.corpus)
     experiment = Experiment.open(config)
     if not has_base(config):
