@@ -88,6 +88,7 @@ class Engine:
         self._folder, self._listener, self._fleet = folder, listener, fleet
         self._dispatcher = Dispatcher(grid, self._config.execution.worker_timeout_s, self._lost)
         self._state = strategy.init(spec, values)
+        self._device_tokens = experiment.store.num_tokens[experiment.fleet]  # (N,)
         self._meter = DownloadMeter(spec, plan.fleet_size, self._config.rounds)
         self._device_log = DeviceLog(folder.path, enabled=self._config.fleet.device_log)
         self._eval_requests = self._plan_evaluation()
@@ -242,7 +243,7 @@ class Engine:
 
     def _pieces(self, cohort: RowIds) -> list[TrainRequest]:
         """Cut the cohort into pieces of whole groups; the groups depend on the cohort alone, never on the nodes."""
-        num_tokens = self._experiment.store.num_tokens[self._experiment.fleet[cohort]]  # (U,)
+        num_tokens = self._device_tokens[cohort]  # (U,)
         groups = group_devices(num_tokens, self._config)
         return self._dispatcher.pieces(cohort, num_tokens, groups, self._plan.clip_norm)
 
