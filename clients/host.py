@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clients.canaries import CanaryDevices
 from clients.partial_sum import KeptSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
@@ -31,6 +32,7 @@ from fedlm.messages import (
     TrainRequest,
 )
 from fedlm.privacy.clipping import ClippedSum, ClipRecord
+from fedlm.privacy.riders import NO_WORDS, Facts, WordMap
 from fedlm.training import products
 from fedlm.training.group import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
@@ -51,7 +53,7 @@ class DeviceHost:
     def __init__(self, config: Config, weights: Weights | None = None) -> None:
         self._config = config
         self._experiment = Experiment.open(config)
-        self._fleet = self._experiment.fleet
+        self._fleet, self._canaries = self._experiment.fleet, CanaryDevices(self._experiment)
         self._trainable = self._experiment.trainable(weights)
         # Only a base that this process has mapped for itself is its own to write to, and then page by page.
         is_own = weights is None and starts_from_base(config)
@@ -86,10 +88,11 @@ class DeviceHost:
         with kept.piece(request, self._spec.size) as total:
             for group in np.split(request.devices, np.cumsum(request.group_sizes)[:-1]):
                 self._train_group(total, broadcast.key, group.tolist(), outcome)
-        return outcome.reply(stale=False)
+        return outcome.reply(stale=False, tells_all=self._config.privacy.non_private_diagnostics)
 
     def _train_group(self, total: ClippedSum, key: bytes, devices: list[int], outcome: _Outcome) -> None:
         """Train the devices of one group and add each clipped update to the sum."""
+        devices = self._canaries.contribute(total, self._spec, devices)
         size = self._groups.largest_group if self._groups else 1
         for start in range(0, len(devices), size):
             part = devices[start : start + size]
@@ -107,7 +110,8 @@ class DeviceHost:
             log.debug("a group of %d devices failed; they train one by one", len(devices), exc_info=True)
             return False
         for device, result in zip(devices, results, strict=True):
-            outcome.add(device, total.add_parts(result.parts), result.loss)
+            record = total.add_parts(result.parts, self._facts(total, device, result.loss, result.num_tokens))
+            outcome.add(device, record, result.loss)
         return True
 
     def _train_alone(self, total: ClippedSum, key: bytes, device: int, outcome: _Outcome) -> None:
@@ -117,10 +121,17 @@ class DeviceHost:
             log.debug("device %d failed", device, exc_info=True)
             outcome.failed[device] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
-        outcome.add(device, total.add(result.update), result.loss)
+        facts = self._facts(total, device, result.loss, result.num_tokens)
+        outcome.add(device, total.add(result.update, facts), result.loss)
+
+    def _facts(self, total: ClippedSum, device: int, loss: float, num_tokens: int) -> Facts:
+        """Return what the round's riders may ask; the words only where one does."""
+        asks_words = any(isinstance(rider, WordMap) for rider in total.clipper.riders)
+        return Facts(loss, num_tokens, self._tokens(device).astype(np.int64) if asks_words else NO_WORDS)
 
     def _tokens(self, device: int) -> npt.NDArray[np.int32]:
-        return self._experiment.store.tokens(int(self._fleet[device]))
+        phrase = self._canaries.tokens(device)
+        return self._experiment.store.tokens(int(self._fleet[device])) if phrase is None else phrase
 
     def _evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
         if not self._apply(broadcast):
@@ -188,16 +199,16 @@ class _Outcome:
         else:
             self.failed[device] = NOT_FINITE
 
-    def reply(self, *, stale: bool) -> TrainReply:
-        """Return what the server is told."""
+    def reply(self, *, stale: bool, tells_all: bool = False) -> TrainReply:
+        """Return what the server is told; without noise, and so only if `tells_all`, norms, losses and causes."""
         devices, norms, losses = zip(*self.trained, strict=True) if self.trained else ((), (), ())
         return TrainReply(
             stale=stale,
             devices=np.array(devices, np.int64),
-            non_private_norms=np.array(norms, np.float64),
-            non_private_losses=np.array(losses, np.float64),
+            non_private_norms=np.array(norms if tells_all else (), np.float64),
+            non_private_losses=np.array(losses if tells_all else (), np.float64),
             failed=np.array(list(self.failed), np.int64),
-            causes=list(self.failed.values()),
+            causes=list(self.failed.values()) if tells_all else ["not told"] * len(self.failed),
             peak_mb=_peak_mb(),
         )
 

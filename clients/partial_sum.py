@@ -31,7 +31,7 @@ class KeptSum:
         """
         if self._total is None or request.sum_name != self._name:
             self._drop()  # before the new one is made: two would be twice the memory
-            self._name, self._total = request.sum_name, Clipper(request.clip_norm).new_sum(size)
+            self._name, self._total = request.sum_name, Clipper.from_text(request.clipper).new_sum(size)
         try:
             yield self._total
         except BaseException:

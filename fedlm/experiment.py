@@ -19,6 +19,7 @@ from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS, build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
 from fedlm.models.weights import set_weights
+from fedlm.privacy.audit.canaries import Canaries
 from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.training.base import load_base
 
@@ -58,12 +59,21 @@ class Experiment:
         """Users (N,) of the token store: device d holds the text of user `fleet[d]`.
 
         The rule is public: device d has training user d modulo their number. With more devices than training users
-        devices are copies, and what holds for one device does not hold for one user.
+        devices are copies, and what holds for one device does not hold for one user. An audit's canaries come last;
+        where a data size is asked for they count as the training user with the least text, which they do not hold.
         """
         users = self.store.users("train")
-        fleet = np.resize(users, self.config.fleet.devices or len(users))  # cyclic
+        real = np.resize(users, self.canaries.first_device)  # cyclic
+        shortest = users[np.argmin(self.store.num_tokens[users])]
+        fleet = np.append(real, np.full(self.canaries.count, shortest))
         fleet.flags.writeable = False
         return fleet
+
+    @cached_property
+    def canaries(self) -> Canaries:
+        """Which devices are canaries; none unless the run is an audit."""
+        audit, num_real = self.config.audit, self.config.fleet.devices or len(self.store.users("train"))
+        return Canaries(self.config.seed, num_real, audit.canaries, audit.text_canaries)
 
     def model(self, weights: Weights | None = None) -> LanguageModel:
         """Build the model with the base's weights.

@@ -57,7 +57,7 @@ class TrainRequest:
     Arguments:
         devices: Device ids (U,), group after group.
         group_sizes: (K,) devices of each group; a group trains together, and its bits depend on who is in it.
-        clip_norm: C, the L2 bound on each update; infinite when the plan does not clip.
+        clipper: What to clip with, and what else to ask a device (`fedlm.privacy.clipping.Clipper.to_text`).
         piece: Number of this piece of work in the round.
         sum_name: Names the partial sum. A node keeps one; a request with another name begins a new one.
         flush: Send the partial sum along with the reply.
@@ -65,7 +65,7 @@ class TrainRequest:
 
     devices: RowIds
     group_sizes: RowIds
-    clip_norm: float
+    clipper: str
     piece: int = 0
     sum_name: str = ""
     flush: bool = True

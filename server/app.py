@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from fedlm.training.base import base_folder, has_base
 from fedlm.training.group import why_not_grouped
 from fedlm.training.pretrain import pretrain
 from server.engine import Engine, Listener
+from server.public_moments import public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.strategies import BUILT_IN
 from server.turnout import EveryDevice, Fleet
@@ -99,8 +100,8 @@ def default_run_path() -> Path:
     return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
 
 
-def plan_of(experiment: Experiment) -> PrivacyPlan:
-    """Return the privacy plan of an experiment.
+def plan_of(experiment: Experiment, moments: Mapping[str, float] | None = None) -> PrivacyPlan:
+    """Return the privacy plan of an experiment; `moments` are those of `server.public_moments`, where they are needed.
 
     Over-selection samples a larger cohort, so the plan's cohorts, simulated and accounted, are the larger ones, and so
     is the divisor.
@@ -112,6 +113,9 @@ def plan_of(experiment: Experiment) -> PrivacyPlan:
         fleet_size=len(experiment.fleet),
         cohort=sampled(config.fleet.cohort),
         seed=config.seed,
+        rows=config.trainable.embedding_rows if config.trainable.embedding_rows.count else None,
+        vocabulary_size=experiment.vocabulary.size,
+        moments=moments,
     )
 
 
@@ -160,5 +164,6 @@ def ensure_base(config: Config, listener: Listener) -> None:
 def new_folder(path: Path, experiment: Experiment, trainable: Trainable) -> RunFolder:
     """Make the run folder: the last thing that can fail before the first round."""
     strategy_of(experiment.config.strategy)
-    texts = {CONFIG: config_to_toml(experiment.config), PLAN: plan_of(experiment).to_json()}
+    plan = plan_of(experiment, public_moments(experiment, trainable))
+    texts = {CONFIG: config_to_toml(experiment.config), PLAN: plan.to_json()}
     return RunFolder.create(path, texts, bytes_needed=16 * trainable.spec.num_bytes)

@@ -10,21 +10,23 @@ from fedlm.privacy.plan import PrivacyPlan
 
 def devices_and_users(experiment: Experiment) -> dict[str, int]:
     """Return how many devices the fleet has and how many users of the corpus they hold."""
-    num_devices = len(experiment.fleet)
+    num_devices = experiment.canaries.first_device
     return {"devices": num_devices, "users": min(num_devices, len(experiment.store.users("train")))}
 
 
 def run_stamps(plan: PrivacyPlan, experiment: Experiment) -> tuple[str, ...]:
-    """Return the warnings that everything made by this run carries: the plan's, and that devices are copies."""
+    """Return the warnings that everything made by this run carries: the plan's, of copies and of canaries."""
     found = devices_and_users(experiment)
-    devices, users = found["devices"], found["users"]
-    if devices == users:
-        return plan.stamps()
-    copies = (
-        f"PER DEVICE: {devices:,} devices hold copies of the text of {users:,} users of the corpus, up to "
-        f"{-(-devices // users):,} devices a user; epsilon covers one device, not a user of the corpus"
-    )
-    return (*plan.stamps(), copies)
+    devices, users, canaries = found["devices"], found["users"], experiment.canaries.count
+    stamps = list(plan.stamps())
+    if devices != users:
+        stamps.append(
+            f"PER DEVICE: {devices:,} devices hold copies of the text of {users:,} users of the corpus, up to "
+            f"{-(-devices // users):,} devices a user; epsilon covers one device, not a user of the corpus"
+        )
+    if canaries:
+        stamps.append(f"AUDIT: {canaries:,} canary devices take part")
+    return tuple(stamps)
 
 
 def privacy_figures(plan: PrivacyPlan, experiment: Experiment) -> dict[str, Any]:

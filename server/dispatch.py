@@ -73,7 +73,7 @@ class Dispatcher:
         cohort: RowIds,
         num_tokens: npt.NDArray[np.int64],
         groups: Sequence[npt.NDArray[np.int64]],
-        clip_norm: float,
+        clipper: str,
     ) -> list[TrainRequest]:
         """Cut a cohort's groups into requests.
 
@@ -81,13 +81,13 @@ class Dispatcher:
             cohort: Device ids (U,).
             num_tokens: (U,) tokens of each.
             groups: Positions in the cohort, largest devices first.
-            clip_norm: C.
+            clipper: As text.
         """
         if not groups:
             return []
         num_nodes = len(wait_for_nodes(self._grid, self._timeout_s))
         pieces = cut_pieces(num_tokens, groups, num_nodes=num_nodes, one_each=not nodes_remember(self._grid))
         return [
-            TrainRequest(cohort[np.concatenate(piece)], np.array([len(group) for group in piece]), clip_norm)
+            TrainRequest(cohort[np.concatenate(piece)], np.array([len(group) for group in piece]), clipper)
             for piece in pieces
         ]

@@ -35,11 +35,11 @@ from fedlm.messages import (
     TrainReply,
     TrainRequest,
 )
-from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.adaptation import Released
+from fedlm.privacy.clipping import ClippedSum, Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.randomness import round_key, seed_key, stream
 from fedlm.strategy import Release, Strategy, StrategyState
-from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.groups import group_devices
 from server.claim import devices_and_users, privacy_figures
@@ -47,6 +47,7 @@ from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
 from server.exchange import Order
 from server.payload import DownloadMeter
+from server.round_privacy import RoundPrivacy, release_arrays
 from server.rounds import CohortReport, json_number
 from server.run_folder import RunFolder
 from server.turnout import Fleet, RoundTask, Turnout
@@ -85,6 +86,7 @@ class Engine:
     ) -> None:
         self._config = experiment.config
         self._experiment, self._plan, self._strategy, self._spec = experiment, plan, strategy, spec
+        self._privacy = RoundPrivacy(plan, experiment, folder.path, spec)
         self._folder, self._listener, self._fleet = folder, listener, fleet
         self._dispatcher = Dispatcher(grid, self._config.execution.worker_timeout_s, self._lost)
         self._state = strategy.init(spec, values)
@@ -97,7 +99,7 @@ class Engine:
         self._round, self._peak_mb = 0, 0.0
         self._diagnostics: dict[str, float | None] = {}
         self._state_is_whole = True
-        self._rows = lru_cache(maxsize=4)(self._draw_rows)  # of round t, wanted several times a round
+        self._rows = lru_cache(maxsize=4)(self._privacy.rows)  # of round t, wanted several times a round
 
     @property
     def state(self) -> StrategyState:
@@ -114,22 +116,31 @@ class Engine:
         """Go back to the newest state on disk and replay the journal; released rounds are never released again."""
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is None:  # killed before the base was stored: nothing was released
+            self._privacy.rewind_keys(0)
             self.start()
             return
         done, arrays, meta = checkpoint
         slots = {name.removeprefix("slot."): a for name, a in arrays.items() if name.startswith("slot.")}
         self._state = StrategyState(arrays["values"], slots, meta["num_steps"])
+        self._privacy.restore(arrays, meta["privacy_state"])
         self._check_fleet()
         for t in range(1, done + 1):
             self._meter_round(t)
         for t, released in self._folder.releases(after=done):
             self._meter_round(t)
-            self._step(t, self._plan.new_sum(self._spec_of(t).size), _replayed(released["mean"]))
+            self._replay(t, released)
             done = t
         self._round = done
+        self._privacy.rewind_keys(done)
         self._device_log.rewind(done)
         self._mend_lines(done)
         self._folder.ledger({"event": "resume", "round": done, "time": _now()})
+
+    def _replay(self, t: int, arrays: dict[str, Any]) -> None:
+        """Step with the release of the journal, whatever the sum was."""
+        spec = self._spec_of(t)
+        released = self._privacy.replayed(t, spec, arrays)
+        self._step(t, self._privacy.clipper(t, spec).new_sum(spec.size), lambda total: released)
 
     def _mend_lines(self, done: int) -> None:
         """Bring metrics and ledger to the last released round, which may have died before it wrote them."""
@@ -161,6 +172,7 @@ class Engine:
             self._folder.ledger(self._end_event(status))
             raise
         self._checkpoint()
+        self._privacy.forget_keys()
         self._folder.ledger(self._end_event("finished"))
 
     def _train_round(self, t: int) -> None:
@@ -175,17 +187,17 @@ class Engine:
         self._device_log.append(turnout)
         record: dict[str, Any] = {}
 
-        def mean(total: ClippedSum) -> Vector:
+        def release(total: ClippedSum) -> Released:
             released = self._plan.release(total, t)
             seconds = time.monotonic() - started
             metrics = self._round_metrics(t, released, report, turnout, seconds)
             up, down = int(turnout.bytes_up.sum()), int(turnout.bytes_down.sum())
             *failures, summary = report.ledger_lines(t, up, down, seconds)
-            record.update(metrics=metrics, ledger=[*failures, turnout.complete(summary)])
-            self._folder.write_release(t, {"mean": released}, record)
+            record.update(metrics=metrics, ledger=[*failures, turnout.complete(summary)], clipper=total.clipper.to_text())
+            self._folder.write_release(t, {**release_arrays(released), "rows": self._rows(t)}, record)
             return released
 
-        self._step(t, total, mean)
+        self._step(t, total, release)
         for line in record["ledger"]:
             self._folder.ledger(line)
         if t % self._config.execution.checkpoint_every == 0 and t < self._config.rounds:
@@ -195,18 +207,20 @@ class Engine:
         self._folder.metric(line)
         self._announce(t, line, len(training) / max(time.monotonic() - started, 1e-9))
 
-    def _step(self, t: int, total: ClippedSum, mean: Callable[[ClippedSum], Vector]) -> None:
+    def _step(self, t: int, total: ClippedSum, release: Callable[[ClippedSum], Released]) -> None:
         state = replace(self._state, total=None)
         state = self._strategy.accumulate(state, total)
-        released: list[Vector] = []
+        values = self._spec_of(t).gather(state.values)  # before a strategy writes into them
+        released: list[Released] = []
 
         def noted(total: ClippedSum) -> Vector:
-            released.append(mean(total))
-            return released[-1]
+            released.append(release(total))
+            return released[-1].mean.copy()
 
         self._state_is_whole = False  # a strategy may write into the state's arrays
         self._state, diagnostics = self._strategy.finish(state, Release(self._spec_of(t), noted))
         self._check_step(t, released=bool(released))
+        self._privacy.absorb(t, self._spec_of(t), values, released[0])
         self._state_is_whole = True
         self._diagnostics = {name: json_number(float(value)) for name, value in diagnostics.items()}
 
@@ -226,13 +240,15 @@ class Engine:
 
     def _collect(self, t: int, cohort: RowIds, spec: UpdateSpec) -> tuple[ClippedSum, CohortReport]:
         """Let the nodes train the cohort; returns the exact sum and what the simulation saw."""
-        total, report = self._plan.new_sum(spec.size), CohortReport(len(cohort))
+        clipper = self._privacy.clipper(t, spec)
+        total, report = clipper.new_sum(spec.size), CohortReport(len(cohort), clipper.clip_norm)
 
         def take(partial: PartialSum) -> None:
-            fields = {"clip_norm": self._plan.clip_norm, "num_devices": partial.num_devices}
+            fields = {"clip_norm": clipper.clip_norm, "num_devices": partial.num_devices}
             total.add_arrays(partial.total, fields)
 
-        for index, records in self._dispatcher.train(self._order("train", t - 1), self._pieces(cohort), take):
+        pieces = self._pieces(cohort, clipper)
+        for index, records in self._dispatcher.train(self._order("train", t - 1), pieces, take):
             reply = from_records(TrainReply, "reply", records)
             report.add(index, reply)
             self._peak_mb = max(self._peak_mb, reply.peak_mb)
@@ -241,11 +257,11 @@ class Engine:
         self._note_workers()
         return total, report
 
-    def _pieces(self, cohort: RowIds) -> list[TrainRequest]:
+    def _pieces(self, cohort: RowIds, clipper: Clipper) -> list[TrainRequest]:
         """Cut the cohort into pieces of whole groups; the groups depend on the cohort alone, never on the nodes."""
         num_tokens = self._device_tokens[cohort]  # (U,)
         groups = group_devices(num_tokens, self._config)
-        return self._dispatcher.pieces(cohort, num_tokens, groups, self._plan.clip_norm)
+        return self._dispatcher.pieces(cohort, num_tokens, groups, clipper.to_text())
 
     def _order(self, kind: str, version: int) -> Order:
         broadcast = self._broadcast(version, whole=False)
@@ -291,17 +307,14 @@ class Engine:
         every = self._config.execution.eval_every
         return t in (0, self._config.rounds) or (every > 0 and t % every == 0)
 
-    def _draw_rows(self, t: int) -> RowIds:
-        rows = self._config.trainable.embedding_rows
-        return row_set(rows, self._experiment.vocabulary.frequencies, seed=self._config.seed, round_number=t)
-
     def _spec_of(self, t: int) -> UpdateSpec:
         return self._spec.with_rows(self._rows(t))
 
     def _meter_round(self, t: int) -> Turnout:
         """Sample the cohort, see who takes part, count the bytes: from seed and earlier rounds alone, so resumable."""
-        cohort, rows = self._plan.sample_cohort(t), self._rows(t)
-        task = RoundTask(t, cohort, self._spec_of(t), self._meter.download(cohort, rows))
+        cohort, rows, spec = self._plan.sample_cohort(t), self._rows(t), self._spec_of(t)
+        self._privacy.record(t, cohort)
+        task = RoundTask(t, cohort, spec, self._meter.download(cohort, rows), self._privacy.num_answers(t, spec))
         turnout = self._fleet.turnout(task)
         self._meter.visited(cohort[turnout.visited], t)
         self._meter.changed(rows, t)
@@ -320,14 +333,17 @@ class Engine:
         return {**self._fleet.describe(), **devices_and_users(self._experiment)}
 
     def _checkpoint(self) -> None:
-        arrays = {"values": self._state.values, **{f"slot.{n}": a for n, a in self._state.slots.items()}}
+        slots = {f"slot.{name}": array for name, array in self._state.slots.items()}
+        arrays = {"values": self._state.values, **slots, **self._privacy.arrays()}
         meta = {
             "num_steps": self._state.num_steps,
             "config_hash": config_hash(self._config),
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
             "privacy": self._plan.figures(),
+            "privacy_state": self._privacy.text(),
         }
-        self._folder.write_checkpoint(self._state.num_steps, arrays, meta)
+        is_audit = self._experiment.canaries.count > 0  # an audit looks at every release
+        self._folder.write_checkpoint(self._state.num_steps, arrays, meta, keep_journal=is_audit)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -343,7 +359,7 @@ class Engine:
             self._folder.ledger({**event, "round": self._round})
 
     def _round_metrics(
-        self, t: int, released: Vector, report: CohortReport, turnout: Turnout, seconds: float
+        self, t: int, released: Released, report: CohortReport, turnout: Turnout, seconds: float
     ) -> dict[str, Any]:
         virtual = {"virtual_hours": turnout.time.end_s / 3600} if turnout.time else {}
         return {
@@ -352,10 +368,11 @@ class Engine:
             "round_seconds": round(seconds, 3),
             "devices": report.num_trained,
             "epsilon": json_number(self._plan.epsilon(t)),
-            "update_norm": float(np.linalg.norm(released)),
+            "update_norm": float(np.linalg.norm(released.mean)),
+            **self._privacy.metrics(released),
             "megabytes_up": self._bytes_up / 1e6,
             "megabytes_down": self._bytes_down / 1e6,
-            "non_private": report.non_private(self._plan),
+            "non_private": report.non_private(),
             **virtual,
         }
 
@@ -389,13 +406,9 @@ class Engine:
         }
 
     def _end_event(self, status: str) -> dict[str, Any]:
-        return {"event": "end", "status": status, "round": self._state.num_steps,
+        done = self._state.num_steps
+        return {"event": "end", "status": status, "round": done, **self._privacy.realised(done),
                 "peak_device_mb": round(self._peak_mb, 1), "seconds": round(self._seconds(), 3)}  # fmt: skip
-
-
-def _replayed(released: Vector) -> Callable[[ClippedSum], Vector]:
-    """Return a release that answers with the vector of the journal, whatever the sum."""
-    return lambda total: released
 
 
 def _versions() -> dict[str, str]:

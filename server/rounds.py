@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from fedlm.messages import NOT_FINITE, TrainReply
-from fedlm.privacy.plan import PrivacyPlan
 
 
 class CohortReport:
@@ -17,10 +16,11 @@ class CohortReport:
 
     Arguments:
         num_sampled: Devices in the cohort.
+        clip_norm: The round's; infinite without clipping.
     """
 
-    def __init__(self, num_sampled: int) -> None:
-        self.num_sampled = num_sampled
+    def __init__(self, num_sampled: int, clip_norm: float) -> None:
+        self.num_sampled, self._clip_norm = num_sampled, clip_norm
         self.figures: dict[str, float] = {}  # of the grid
         self._replies: dict[int, TrainReply] = {}  # by piece
 
@@ -76,14 +76,14 @@ class CohortReport:
         }
         return [*failures, summary]
 
-    def non_private(self, plan: PrivacyPlan) -> dict[str, Any]:
+    def non_private(self) -> dict[str, Any]:
         """Return diagnostics computed from raw updates; a real deployment has no right to them."""
         replies = self._replies.values()
         devices, norms, losses = (
             np.concatenate([np.empty(0), *(getattr(reply, name) for reply in replies)])
             for name in ("devices", "non_private_norms", "non_private_losses")
         )
-        if not len(devices):
+        if not len(norms):
             return {
                 "train_loss": None,
                 "client_norm_median": None,
@@ -95,7 +95,7 @@ class CohortReport:
             "train_loss": float(losses.mean()),
             "client_norm_median": float(np.median(norms)),
             "client_norm_p90": float(np.quantile(norms, 0.9)),
-            "clip_fraction": float((norms > plan.clip_norm).mean()) if plan.enabled else 0.0,
+            "clip_fraction": float((norms > self._clip_norm).mean()),
         }
 
 

@@ -140,8 +140,10 @@ class RunFolder:
             record: dict[str, Any] = json.loads(handle.metadata()["record"])
             return record
 
-    def write_checkpoint(self, round_number: int, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Write a whole state, then drop journal entries and old checkpoints that it makes superfluous."""
+    def write_checkpoint(
+        self, round_number: int, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, keep_journal: bool = False
+    ) -> None:
+        """Write a whole state, then drop old checkpoints and, unless they are kept, the journal entries before it."""
         stem = self._checkpoints / f"round_{round_number:06d}"
         with _explained(self.path):
             write_atomically(stem.with_suffix(".safetensors"), save(dict(arrays)))
@@ -150,6 +152,8 @@ class RunFolder:
         for old in self._rounds()[:-KEEP_CHECKPOINTS]:
             for suffix in (".json", ".safetensors"):
                 (self._checkpoints / f"round_{old:06d}{suffix}").unlink(missing_ok=True)
+        if keep_journal:
+            return
         oldest = min(self._rounds()[0], round_number - 1)  # this round's record is needed until its lines are written
         for file in self._journal.glob("round_*.safetensors"):
             if int(file.stem.removeprefix("round_")) <= oldest:

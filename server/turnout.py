@@ -40,17 +40,19 @@ class RoundTask:
         cohort: (U,) sampled devices, ascending.
         spec: The round's update.
         bytes_down: (U,) what each device would download.
+        num_answers: Coordinates beside the update (`fedlm.privacy.riders`).
     """
 
     round_number: int
     cohort: RowIds
     spec: UpdateSpec
     bytes_down: Bytes
+    num_answers: int = 0
 
     @property
     def bytes_up(self) -> int:
         """What a device uploads."""
-        return self.spec.num_bytes
+        return self.spec.num_bytes + 4 * self.num_answers
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,18 @@ class RowsConfig:
     """Partial Embedding Updates; count 0 means none."""
 
     sampler: str = option(
-        "power", "how each round's public row set is drawn", choices=("uniform", "power", "top_k", "cyclic")
+        "power",
+        "how each round's public row set is drawn; dp_adafest: power at first, then the rows that a noisy, paid map of "
+        "the devices' words chose",
+        choices=("uniform", "power", "top_k", "cyclic", "dp_adafest"),
     )
     alpha: float = option(0.5, "power sampler: inclusion probability ~ frequency^alpha", low=0, high=2)
     count: int = option(5_000, "rows in a round's set; 0: no embedding rows train", low=0)
+    selection_rounds: int = option(5, "dp_adafest: rounds that ask for the words", low=1)
+    selection_share: float = option(
+        0.33, "dp_adafest: part of the clip norm that the map gets there", above=0, high=0.6
+    )
+    selection_threshold: float = option(3.0, "dp_adafest: least score of a row, in standard deviations of noise", low=0)
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,44 @@ class PrivacyConfig:
         0.0, "noise std in units of clip_norm; 0: calibrated. Refused if its rounds cost more than epsilon", low=0
     )
     delta: float = option(1e-6, "", above=0, high=0.1)
-    mechanism: str = option("gaussian", "", choices=("gaussian",))
+    mechanism: str = option(
+        "gaussian",
+        "how the noise of rounds is correlated: gaussian (not at all), blt, banded, tree; local: every device's own",
+        choices=("gaussian", "blt", "banded", "tree", "local"),
+    )
+    sampler: str = option(
+        "",
+        "who is in a cohort: poisson, truncated_poisson, fixed, cyclic_poisson (banded), separated (devices take "
+        "turns); empty: the mechanism's own",
+    )
+    cap: int = option(0, "truncated_poisson: the largest cohort, of the accounted fleet", low=0)
+    min_separation: int = option(
+        0, "separated: rounds between two of a user's own; 0: as many as the fleet gives", low=0
+    )
+    max_participations: int = option(0, "most rounds of one user; 0: rounds / min_separation", low=0)
+    bands: int = option(0, "banded: bands of the matrix; 0: the best number", low=0)
+    buffers: int = option(2, "blt: buffers", low=1, high=4)
+    clip_quantile: float = option(
+        0.0, "adaptive clipping: the quantile of update norms that the clip norm follows; 0: it stays", low=0, high=0.99
+    )
+    clip_learning_rate: float = option(
+        0.2, "adaptive clipping: step in the logarithm of the clip norm", above=0, high=2
+    )
+    allocation: str = option(
+        "isotropic",
+        "noise by kind of block: isotropic; public (scales from public users); adaptive (sound ANADP, from releases); "
+        "per_group (a clip norm each); published (ANADP as published, accounted at its least noise)",
+        choices=("isotropic", "public", "adaptive", "per_group", "published"),
+    )
+    noise_floor: float = option(0.5, "published: least noise of a group, as a part of the nominal", low=0.05, high=1)
+    metrics: tuple[str, ...] = option(
+        (), "metrics that leave devices with noise: train_loss, num_tokens, clip_fraction"
+    )
+    max_loss_metric: float = option(20.0, "larger training losses are reported as this", above=0)
+    max_tokens_metric: float = option(2_000.0, "larger token counts are reported as this", above=0)
+    non_private_diagnostics: bool = option(
+        True, "devices send norms, losses and causes of failure without noise, for the sinks named non-private"
+    )
     population: int = option(0, "accounted fleet size; 0: the simulated fleet's own", low=0)
     expected_cohort: int = option(0, "accounted expected cohort; 0: fleet.cohort", low=0)
     reproducible_noise: bool = option(False, "debugging: noise from the seed; stamps the run NOT PRIVATE")
@@ -239,6 +284,17 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Canary devices beside the fleet's own (docs/audit.md): they take part in the run, which is stamped AUDIT."""
+
+    canaries: int = option(0, "devices that contribute a known random direction, as large as the clip lets them", low=0)
+    text_canaries: int = option(0, "devices that train on a random phrase", low=0)
+    phrase_words: int = option(6, "words in such a phrase", low=2, high=64)
+    phrase_repeats: int = option(16, "how often the device wrote its phrase", low=1, high=1000)
+    phrase_candidates: int = option(1024, "phrases that a canary's is ranked among, itself included", low=2)
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -256,3 +312,4 @@ class Config:
     privacy: PrivacyConfig = option(factory=PrivacyConfig)
     fleet: FleetConfig = option(factory=FleetConfig)
     execution: ExecutionConfig = option(factory=ExecutionConfig)
+    audit: AuditConfig = option(factory=AuditConfig)

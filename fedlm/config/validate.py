@@ -19,6 +19,8 @@ from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
+METRIC_NAMES = ("train_loss", "num_tokens", "clip_fraction")  # of `fedlm.privacy.riders`, which loads numpy
+CORRELATED = ("blt", "banded", "tree")
 _MODULES_ONLY_OF = {"attention": "transformer", "mlp": "transformer", "recurrent": "lstm"}
 
 
@@ -193,6 +195,31 @@ def _privacy(config: Config) -> Iterator[str]:
         )
 
 
+def _mechanism(config: Config) -> Iterator[str]:
+    privacy = config.privacy
+    if privacy.cap and privacy.sampler != "truncated_poisson":
+        yield f"privacy.cap = {privacy.cap} needs privacy.sampler = 'truncated_poisson'; set it, or privacy.cap = 0"
+    for name in privacy.metrics:
+        if name not in METRIC_NAMES:
+            yield f"privacy.metrics has {name!r}, choose from {', '.join(METRIC_NAMES)}"
+    if len(set(privacy.metrics)) < len(privacy.metrics):
+        yield f"privacy.metrics = {list(privacy.metrics)} names one twice; name each once"
+    rows = config.trainable.embedding_rows
+    changing = rows.count and rows.sampler != "top_k"
+    if privacy.enabled and privacy.mechanism in CORRELATED and changing:
+        yield (
+            f"privacy.mechanism = {privacy.mechanism!r} takes noise back in later rounds, which need the same rows, "
+            f"but trainable.embedding_rows.sampler = {rows.sampler!r}; set it to 'top_k', or count = 0"
+        )
+    if privacy.mechanism != "gaussian" and privacy.allocation == "published":
+        yield "privacy.allocation = 'published' is built for privacy.mechanism = 'gaussian' alone; set that"
+    if rows.sampler == "dp_adafest" and rows.count and rows.selection_rounds >= config.rounds:
+        yield (
+            f"trainable.embedding_rows.selection_rounds = {rows.selection_rounds} leaves no round of {config.rounds} "
+            f"for the selected rows; set it below {config.rounds}"
+        )
+
+
 def _cohort(config: Config, name: str, devices: int) -> Iterator[str]:
     """A cohort, over-selection included, of more devices than there are."""
     if config.fleet.sampled(config.fleet.cohort) > devices:
@@ -239,6 +266,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _loss,
     _own_sizes,
     _privacy,
+    _mechanism,
     _fleet,
 )
 

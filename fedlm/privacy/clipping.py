@@ -10,20 +10,27 @@ anything is added to it. Integer sums are associative, therefore
 
 Truncation is toward zero and the clip leaves a margin of 2^-20 for the rounding of the norm and of the
 factor, so the integer vector of a device has an exact L2 norm of at most 2^40 units, that is C.
+
+The vector holds more than the update where a round asks more (`fedlm.privacy.riders`): the answers to further queries
+follow it, and update and answers share the bound C.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
+from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.ranges import require_count, require_number
+from fedlm.privacy.riders import Facts, Observation, Rider, answer_units, rider_from_fields, update_share
 from fedlm.trainable.parts import Part, check_parts
 
 FRACTION_BITS = 40
@@ -42,6 +49,7 @@ _BATCH = 64
 # number.
 _DOT = 8_192
 _TOKEN = object()
+_NO_FACTS = Facts()
 
 IntVector = npt.NDArray[np.int64]
 FloatVector = npt.NDArray[np.float32]
@@ -62,14 +70,57 @@ class Clipper:
 
     Arguments:
         clip_norm: C, or infinity when the plan does not clip.
+        geometry: Coordinates in which to clip; None: those of the update.
+        riders: Further queries of the round.
     """
 
     clip_norm: float
+    geometry: Geometry | None = None
+    riders: tuple[Rider, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse norms whose fixed-point factors would leave the range of fp64."""
+        """Refuse norms whose fixed-point factors would leave the range of fp64, and riders that leave no update."""
         if self.clip_norm != math.inf:
             require_number("privacy.clip_norm", self.clip_norm, low=1e-12, high=1e12)
+        elif self.geometry or self.riders:
+            raise ConfigError("without clipping there is neither a geometry nor a rider; set privacy.enabled = true")
+        if not all(rider.share > 0 for rider in self.riders) or sum(rider.share**2 for rider in self.riders) > 0.5:
+            shares = {rider.name: rider.share for rider in self.riders}
+            raise ConfigError(
+                f"the queries beside the update take the shares {shares}, their squares at most 0.5 in all"
+            )
+
+    @cached_property
+    def update_share(self) -> float:
+        """a_0: the update's part of the clip norm."""
+        return update_share(self.riders)
+
+    @cached_property
+    def num_answers(self) -> int:
+        """Q: coordinates of all riders' answers."""
+        return sum(rider.size for rider in self.riders)
+
+    def to_text(self) -> str:
+        """Return this clipper as text, for the message that asks a node to train."""
+        geometry = self.geometry.to_fields() if self.geometry else None
+        riders = [rider.to_fields() for rider in self.riders]
+        return json.dumps({"clip_norm": self.clip_norm, "geometry": geometry, "riders": riders})
+
+    @classmethod
+    def from_text(cls, text: str) -> Clipper:
+        """Return the clipper that `to_text` described, equal to it.
+
+        Raises:
+            DataError: Not such a text.
+            ConfigError: Values out of range.
+        """
+        try:
+            fields = json.loads(text)
+            clip_norm, geometry, riders = (fields[name] for name in ("clip_norm", "geometry", "riders"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"a clipper cannot be read ({error}); server and node are of different versions") from error
+        found = Geometry.from_fields(geometry) if geometry else None
+        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders))
 
     @property
     def unit(self) -> float:
@@ -116,17 +167,24 @@ class ClippedSum:
         if token is not _TOKEN:
             raise TypeError("ClippedSum cannot be built directly; use PrivacyPlan.new_sum(size)")
         self._size = require_count("size", size, low=1)
+        if clipper.geometry and clipper.geometry.size != size:
+            raise ConfigError(f"the geometry covers {clipper.geometry.size:,} coordinates, the update has {size:,}")
         self._clipper = clipper
         self._num_devices = 0
-        self._vector: IntVector | None = np.zeros(size, np.int64)  # (P,)
+        self._vector: IntVector | None = np.zeros(size + clipper.num_answers, np.int64)  # (P + Q,)
         self._wide = np.empty(min(size, _CHUNK), np.float64)
         self._subtotal = np.empty(min(size, _CHUNK), np.float64)
         self._fixed = np.empty(min(size, _CHUNK), np.int64)
 
     @property
     def size(self) -> int:
-        """Coordinates P."""
+        """Coordinates P of the update."""
         return self._size
+
+    @property
+    def clipper(self) -> Clipper:
+        """What every device of this sum was clipped with."""
+        return self._clipper
 
     @property
     def clip_norm(self) -> float:
@@ -138,11 +196,12 @@ class ClippedSum:
         """Devices added so far, those that contributed zero included."""
         return self._num_devices
 
-    def add(self, update: FloatVector) -> ClipRecord:
+    def add(self, update: FloatVector, facts: Facts = _NO_FACTS) -> ClipRecord:
         """Clip one device's whole update and add it.
 
         Arguments:
             update: (P,) fp32, the device's update before any clipping.
+            facts: What riders ask for.
 
         Returns:
             The norm before the clip, whether it was clipped, whether it was finite.
@@ -152,6 +211,8 @@ class ClippedSum:
             ConfigError: More devices than the sum can hold.
         """
         self._require_fp32(update, (self._size,))
+        if self._clipper.geometry or self._clipper.riders:
+            return self.add_parts([Part(0, update)], facts)
         return self.add_many(update[np.newaxis])[0]
 
     def add_many(self, updates: FloatVector) -> list[ClipRecord]:
@@ -165,8 +226,11 @@ class ClippedSum:
 
         Raises:
             DataError: Wrong type, dtype or shape; nothing was added.
-            ConfigError: More devices than the sum can hold; nothing was added.
+            ConfigError: More devices than the sum can hold, or a round with riders, which ask each device by itself;
+                nothing was added.
         """
+        if self._clipper.geometry or self._clipper.riders:
+            raise ConfigError("add_many adds plain updates; with a geometry or riders, call add for each device")
         self._require_fp32(updates, (len(updates) if np.ndim(updates) else 0, self._size))
         self._live()
         self._reserve(len(updates))
@@ -175,11 +239,12 @@ class ClippedSum:
             records += self._add_batch(updates[start : start + _BATCH])
         return records
 
-    def add_parts(self, parts: Sequence[Part]) -> ClipRecord:
+    def add_parts(self, parts: Sequence[Part], facts: Facts = _NO_FACTS) -> ClipRecord:
         """Clip one device's whole update, given as the parts in which it differs from zero, and add it.
 
         Arguments:
             parts: In the order of their offsets, without overlap.
+            facts: What riders ask for.
 
         Returns:
             What `add` returns; the norm may differ from that of the whole vector in the last bits of fp64.
@@ -191,15 +256,19 @@ class ClippedSum:
         total = self._live()
         check_parts(parts, self._size)
         self._reserve(1)
+        group_squares = np.zeros(1)
+        if self._clipper.geometry:
+            parts, group_squares = self._clipper.geometry.scaled(parts, self.clip_norm)
         values = [part.values.reshape(-1) for part in parts]
         squares = [square for vector in values for square in self._squares(vector)]
         norm, limit = math.sqrt(math.fsum(squares)), self.clip_norm * (1 - _MARGIN)
         finite, clipped = all(self._fits(vector, norm) for vector in values), norm > limit
         self._num_devices += 1
         if finite:
-            factor = (limit / norm if clipped else 1.0) / self._clipper.unit
+            factor = (limit / norm if clipped else 1.0) * self._clipper.update_share / self._clipper.unit
             for part in parts:
                 part.add_to(total, (part.values.astype(np.float64) * factor).astype(np.int64))  # truncates toward zero
+            self._answer(Observation(norm, self.clip_norm, group_squares, facts))
         return ClipRecord(norm=norm, clipped=finite and clipped, finite=finite)
 
     def add_sum(self, other: ClippedSum) -> None:
@@ -212,7 +281,7 @@ class ClippedSum:
         total = self._live()
         if type(other) is not ClippedSum or other is self:
             raise DataError(f"cannot add {type(other).__name__}; add_sum takes another ClippedSum")
-        if (other.size, other.clip_norm) != (self.size, self.clip_norm):
+        if (other.size, other.clipper) != (self.size, self.clipper):
             raise DataError(
                 f"sum of size {other.size:,} and clip norm {other.clip_norm} does not fit "
                 f"size {self.size:,} and clip norm {self.clip_norm}; use one plan and one update layout"
@@ -227,7 +296,7 @@ class ClippedSum:
         """Check a sum that came over the wire and add it: `from_arrays` and `add_sum` without a copy.
 
         Arguments:
-            vector: (P,) int64; not kept.
+            vector: (P + Q,) int64; not kept.
             fields: As `to_arrays` returned them.
 
         Raises:
@@ -235,8 +304,8 @@ class ClippedSum:
             ConfigError: More devices than the sum can hold; nothing was added.
         """
         total = self._live()
-        if _require_int64(vector).size != self._size:
-            raise DataError(f"sum of size {vector.size:,} does not fit size {self._size:,}; use one update layout")
+        if _require_int64(vector).size != total.size:
+            raise DataError(f"sum of size {vector.size:,} does not fit size {total.size:,}; use one update layout")
         num_devices = fields.get("num_devices")
         if set(fields) != {"clip_norm", "num_devices"} or type(num_devices) is not int:
             raise DataError(f"a clipped sum has fields {sorted(fields)}, must have clip_norm and num_devices")
@@ -250,7 +319,7 @@ class ClippedSum:
         self._num_devices += num_devices
 
     def to_arrays(self) -> tuple[IntVector, dict[str, int | float]]:
-        """Return what travels: a read-only view of the vector (P,), and its fields."""
+        """Return what travels: a read-only view of the vector (P + Q,), and its fields."""
         view = self._live().view()
         view.flags.writeable = False
         return view, {"clip_norm": self.clip_norm, "num_devices": self._num_devices}
@@ -263,14 +332,14 @@ class ClippedSum:
         For a reply of one device this is the exact clip bound, so a device that did not clip is refused here.
 
         Arguments:
-            vector: (P,) int64; copied.
+            vector: (P + Q,) int64; copied.
             fields: As `to_arrays` returned them.
             clipper: The receiver's own, never the sender's.
 
         Raises:
             DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum.
         """
-        result = clipper.new_sum(_require_int64(vector).size)
+        result = clipper.new_sum(max(_require_int64(vector).size - clipper.num_answers, 1))
         result.add_arrays(vector, fields)
         return result
 
@@ -279,7 +348,7 @@ class ClippedSum:
         raise TypeError("ClippedSum is neither pickled nor copied; send to_arrays() and use sum_from_arrays()")
 
     def _take(self) -> IntVector:
-        """Return the vector (P,) and empty the sum; `PrivacyPlan.release` alone calls this."""
+        """Return the vector (P + Q,) and empty the sum; `PrivacyPlan.release` alone calls this."""
         vector = self._live()
         self._vector = None
         return vector
@@ -301,6 +370,14 @@ class ClippedSum:
             found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}".strip()
             wanted = f"({', '.join(map(str, shape))},)" if len(shape) == 1 else f"(devices, {self._size})"
             raise DataError(f"update is {found}, must be a plain float32 array of shape {wanted}")
+
+    def _answer(self, seen: Observation) -> None:
+        """Add one device's answers to the riders, each truncated toward zero within its share of the clip norm."""
+        total, place = self._live(), self._size
+        for rider in self._clipper.riders:
+            answer = answer_units(rider, seen, self.clip_norm)  # (size,)
+            total[place : place + rider.size] += (answer * ((1 - _MARGIN) / self._clipper.unit)).astype(np.int64)
+            place += rider.size
 
     def _squares(self, vector: FloatVector | IntVector) -> list[float]:
         """Return the sum of squares of each chunk, in fp64; not finite exactly where the chunk is not."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, NoReturn
 
@@ -28,7 +29,38 @@ _CELLS_PER_STD_BITS = 20
 _CHUNK = 16_384
 
 
-class NoiseStream:
+def chunks(size: int) -> Iterator[slice]:
+    """Return the slices of `size` coordinates in the order in which noise is drawn, small enough for the cache."""
+    return (slice(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK))
+
+
+def add_on_lattice(part: npt.NDArray[np.int64], noise: npt.NDArray[np.float64], std: float) -> None:
+    """Add noise to a part of a sum in place, on the lattice described above; overwrites `noise`.
+
+    Arguments:
+        part: (n,) int64, each at most 2^62 in size.
+        noise: (n,) fp64 in units of `part`, each below 2^62 in size.
+        std: Standard deviation of what is fresh in the noise, which decides the lattice.
+    """
+    shift = max(0, math.floor(math.log2(std)) - _CELLS_PER_STD_BITS)
+    np.rint(noise, out=noise)
+    part += noise.astype(np.int64)
+    part += (1 << shift) >> 1
+    part >>= shift
+    part <<= shift
+
+
+class Uncopied:
+    """What holds noise: it can be neither pickled nor copied, for noise that can be repeated can be subtracted."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse pickling and copying."""
+        raise TypeError("privacy noise is neither pickled, copied nor checkpointed; a restart draws fresh noise")
+
+
+class NoiseStream(Uncopied):
     """The noise of one release; made for it and dropped after it.
 
     A fresh key for each release means that there is no state to checkpoint, to fork or to restore: a
@@ -65,20 +97,13 @@ class NoiseStream:
             std: Standard deviation in units of `total`, at most `MAX_STD`.
         """
         assert 0 < std <= MAX_STD, f"std {std} is outside (0, {MAX_STD}]"
-        shift = max(0, math.floor(math.log2(std)) - _CELLS_PER_STD_BITS)
-        half = (1 << shift) >> 1
         wide = np.empty(min(total.size, _CHUNK), np.float64)
-        for start in range(0, total.size, _CHUNK):
-            part = total[start : start + _CHUNK]
-            draw = wide[: part.size]
-            self._generator.standard_normal(out=draw)
+        for part in chunks(total.size):
+            draw = wide[: part.stop - part.start]
+            self.normals(draw)
             np.multiply(draw, std, out=draw)
-            np.rint(draw, out=draw)
-            part += draw.astype(np.int64)
-            part += half
-            part >>= shift
-            part <<= shift
+            add_on_lattice(total[part], draw, std)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse pickling and copying: noise that can be repeated can be subtracted."""
-        raise TypeError("privacy noise is neither pickled, copied nor checkpointed; a restart draws fresh noise")
+    def normals(self, out: npt.NDArray[np.float64]) -> None:
+        """Fill `out`, contiguous fp64, with the next draws of N(0, 1)."""
+        self._generator.standard_normal(out=out)

@@ -1,10 +1,12 @@
 """The privacy plan: sampler, clipper, mechanism and accounting of one experiment, made together or not at
 all.
 
-One release is `sum of clipped updates / n + N(0, (z C / n)^2)`: the Gaussian mechanism on a Poisson-sampled
-cohort (DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963), n the *expected* cohort.
-Everything that its guarantee rests on is fixed in one frozen object before the first round, from public
-numbers alone.
+One release is `sum of clipped updates / n + noise of standard deviation z C / n`, n the *expected* cohort
+(DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963); the mechanism says how the noise of the
+rounds is correlated, who may be in a cohort, and what T releases cost (`fedlm.privacy.mechanisms`).
+Everything that the guarantee rests on is fixed in one frozen object before the first round, from public
+numbers alone. What changes from round to round (clip norm, scales, row set) is a `PrivacyState`, a function
+of releases.
 
 A run stores `to_json()` once and resumes with `from_json`, which takes the noise multiplier as stored:
 calibrating again could give another one under another version of the accountant. The text holds no secret;
@@ -14,26 +16,32 @@ the seed is passed in again from the configuration.
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, asdict, dataclass, field
-from hashlib import blake2b
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from threading import Lock
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.config.schema import PrivacyConfig
+from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy import accounting
+from fedlm.privacy import accounting, cohorts, mechanisms
+from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
 from fedlm.privacy.clipping import FRACTION_BITS, ClippedSum, Clipper, FloatVector, IntVector
-from fedlm.privacy.noise import MAX_STD, NoiseStream
+from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
+from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
+from fedlm.privacy.riders import Floats
+from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.statement import figures, stamps, statement
 from fedlm.privacy.terms import PrivacyTerms
-from fedlm.randomness import stream
+from fedlm.trainable.spec import UpdateSpec, Vector
 
 _TOKEN = object()
 _CHUNK = 65_536
+_NO_DEVICES = "the corpus needs at least one training user"
 
 
 class _Released:
@@ -72,6 +80,7 @@ class PrivacyPlan(PrivacyTerms):
     seed: int = field(repr=False)
     _token: InitVar[object]
     _released: _Released = field(init=False, repr=False, compare=False, default_factory=_Released)
+    _noise: RunNoise = field(init=False, repr=False, compare=False)
 
     def __post_init__(self, _token: object) -> None:
         """Check every number; the same checks serve `create` and `from_json`."""
@@ -79,27 +88,45 @@ class PrivacyPlan(PrivacyTerms):
             raise TypeError("PrivacyPlan cannot be built directly; use PrivacyPlan.create or from_json")
         require_count("seed", self.seed, fix="set seed")
         require_count("rounds", self.rounds, low=1)
-        require_count("fleet_size", self.fleet_size, low=1, fix="the corpus needs at least one training user")
-        most = min(self.fleet_size, _largest_cohort(self.clipper.capacity))
+        require_count("fleet_size", self.fleet_size, low=1, fix=_NO_DEVICES)
+        most = min(self.fleet_size, _largest_cohort(Clipper(self.clip_norm).capacity))
         require_count("fleet.cohort", self.cohort, low=1, high=most, fix="lower fleet.cohort or add devices")
-        require_count("privacy.population", self.population, low=1)
-        fix = "raise privacy.population"
-        require_count("privacy.expected_cohort", self.expected_cohort, low=1, high=self.population, fix=fix)
+        _require_population(self.population, self.expected_cohort)
         require_number("privacy.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
         require_number("privacy.epsilon", self.epsilon_target, low=0)
-        if self.mechanism != "gaussian":
-            raise ConfigError(f"privacy.mechanism = {self.mechanism!r} is not built in; use 'gaussian'")
-        if self.enabled != (self.clip_norm < math.inf) or self.enabled != (self.noise_multiplier > 0):
+        rule = self.mechanism.participation
+        if (rule.population, rule.cohort, rule.rounds) != (self.population, self.expected_cohort, self.rounds):
+            raise ConfigError(f"mechanism for {rule} contradicts the plan; make the plan with PrivacyPlan.create")
+        if self.enabled != (self.noise_multiplier > 0) or self.enabled != (self.clip_norm < math.inf):
             raise ConfigError(
                 f"clip norm {self.clip_norm} and noise multiplier {self.noise_multiplier} contradict "
                 f"privacy.enabled = {self.enabled}; make the plan with PrivacyPlan.create"
             )
+        if self.fleet_rule.sampler == "separated":
+            cohorts.num_slots(self.fleet_rule)
         if self.enabled:
             most_z = MAX_STD / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
             require_number("noise multiplier", self.noise_multiplier, above=0, high=most_z, fix="raise epsilon")
+        if self.enabled and self.mechanism.keeps_noise and self.adaptation.changes_coordinates:
+            raise ConfigError(
+                f"privacy.mechanism = {self.mechanism.name!r} subtracts later what it added before, so clip norm, "
+                "scales and rows must stay; set privacy.clip_quantile = 0 and privacy.allocation to isotropic or public"
+            )
+        object.__setattr__(self, "_noise", RunNoise(self.mechanism, self.seed if self.reproducible_noise else None))
 
     @classmethod
-    def create(cls, config: PrivacyConfig, *, rounds: int, fleet_size: int, cohort: int, seed: int) -> PrivacyPlan:
+    def create(
+        cls,
+        config: PrivacyConfig,
+        *,
+        rounds: int,
+        fleet_size: int,
+        cohort: int,
+        seed: int,
+        rows: RowsConfig | None = None,
+        vocabulary_size: int = 0,
+        moments: Mapping[str, float] | None = None,
+    ) -> PrivacyPlan:
         """Return the plan of an experiment; the noise multiplier is calibrated to epsilon unless it is given.
 
         Arguments:
@@ -108,26 +135,45 @@ class PrivacyPlan(PrivacyTerms):
             fleet_size: Devices that can be sampled.
             cohort: Expected devices a round.
             seed: The experiment's; it decides the cohorts.
+            rows: The section [trainable.embedding_rows], when rows train.
+            vocabulary_size: V; for row selection.
+            moments: Public mean squared norms by kind of block; for the public and per-group allocation.
 
         Raises:
             ConfigError: A number out of range, or neither epsilon nor noise multiplier.
             BudgetExceededError: Both are given and `rounds` releases cost more than epsilon.
         """
-        terms = PrivacyTerms(
+        population, expected = config.population or fleet_size, config.expected_cohort or cohort
+        require_count("rounds", rounds, low=1)
+        require_count("fleet_size", fleet_size, low=1, fix=_NO_DEVICES)
+        require_count("fleet.cohort", cohort, low=1, high=fleet_size, fix="lower fleet.cohort or add devices")
+        _require_population(population, expected)
+        mechanism = _mechanism(config, rounds, population, expected, fleet_size // cohort)
+        noise = _noise_multiplier(config, mechanism) if config.enabled else 0.0
+        adaptation = Adaptation.create(
+            config,
+            noise_multiplier=noise,
+            expected_cohort=expected,
+            rows=rows,
+            vocabulary_size=vocabulary_size,
+            moments=moments,
+        )
+        return cls(
             enabled=config.enabled,
-            clip_norm=float(config.clip_norm) if config.enabled else math.inf,
-            noise_multiplier=_noise_multiplier(config, rounds, fleet_size, cohort) if config.enabled else 0.0,
+            noise_multiplier=noise,
             epsilon_target=float(config.epsilon) if config.enabled else 0.0,
             rounds=rounds,
             delta=float(config.delta),
-            population=config.population or fleet_size,
-            expected_cohort=config.expected_cohort or cohort,
+            population=population,
+            expected_cohort=expected,
             fleet_size=fleet_size,
             cohort=cohort,
             reproducible_noise=config.reproducible_noise,
-            mechanism=config.mechanism,
-        )
-        return cls(**asdict(terms), seed=seed, _token=_TOKEN)._within_budget()
+            mechanism=mechanism,
+            adaptation=adaptation,
+            seed=seed,
+            _token=_TOKEN,
+        )._within_budget()
 
     @classmethod
     def from_json(cls, text: str, *, seed: int) -> PrivacyPlan:
@@ -140,49 +186,98 @@ class PrivacyPlan(PrivacyTerms):
         """
         return cls(**cls.parse(text), seed=seed, _token=_TOKEN)._within_budget()
 
-    @property
-    def clipper(self) -> Clipper:
-        """What a node needs to clip and to sum: no seed, no noise; picklable."""
-        return Clipper(self.clip_norm)
+    def first_state(self, spec: UpdateSpec) -> PrivacyState:
+        """Return what is known before round 1; `spec` is any round's."""
+        return self.adaptation.first_state(spec) if self.enabled else PrivacyState(self.clip_norm)
 
-    def sample_cohort(self, round_number: int) -> npt.NDArray[np.int64]:
-        """Return the sorted ids of the devices in a round's cohort.
+    def clipper(self, state: PrivacyState, spec: UpdateSpec, round_number: int) -> Clipper:
+        """Return what a round's nodes need to clip and to sum: no seed, no noise.
 
-        Device d joins if the d-th coin of the round falls below cohort / fleet_size: independent of
-        all other devices and rounds, and reproducible from the seed, which must therefore stay secret.
+        Arguments:
+            state: After the rounds before it.
+            spec: The round's.
+            round_number: t.
+        """
+        return self.adaptation.clipper(state, spec, round_number) if self.enabled else Clipper(self.clip_norm)
+
+    def next_state(
+        self, state: PrivacyState, spec: UpdateSpec, round_number: int, *, values: Vector, released: Released
+    ) -> PrivacyState:
+        """Return the state after a round, from its release and public values alone.
+
+        Arguments:
+            state, spec: Of the round.
+            round_number: t.
+            values: (P,) the model's values in the round.
+            released: What left.
+        """
+        if not self.enabled:
+            return state
+        clipper = self.clipper(state, spec, round_number)
+        return self.adaptation.next(state, spec, clipper=clipper, values=values, released=released)
+
+    def selected_rows(self, state: PrivacyState) -> npt.NDArray[np.int64]:
+        """Return the sorted ids of the embedding rows that DP row selection chose; see `Adaptation.selected_rows`."""
+        share = self.adaptation.selection_share
+        std = self.noise_multiplier / (share * self.expected_cohort) if self.enabled else 0.0
+        return self.adaptation.selected_rows(state, answer_std=std)
+
+    def sample_cohort(self, round_number: int) -> DeviceIds:
+        """Return the sorted ids of the devices in a round's cohort (`fedlm.privacy.cohorts`).
 
         Returns:
             (realised cohort,) int64; possibly empty.
         """
         require_count("round", round_number, high=self.rounds)
-        # Not from `round_key`: sampled devices hold that one, and could compute who else was sampled.
-        key = blake2b(f"{self.seed}/cohorts".encode(), digest_size=32).digest()
-        coins = stream(key, "cohort", round_number).random(self.fleet_size)  # (fleet,)
-        return np.flatnonzero(coins < self.cohort / self.fleet_size).astype(np.int64)
+        return cohorts.sample_cohort(self.fleet_rule, seed=self.seed, round_number=round_number)
+
+    def new_ledger(self) -> ParticipationLedger:
+        """Return an empty ledger of who takes part, with this plan's limits."""
+        return ParticipationLedger(self.fleet_rule)
 
     def new_sum(self, size: int) -> ClippedSum:
-        """Return an empty sum of `size` coordinates for this plan's clip norm."""
-        return self.clipper.new_sum(size)
+        """Return an empty sum of `size` coordinates for a round without riders or scales."""
+        return Clipper(self.clip_norm).new_sum(size)
 
-    def sum_from_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> ClippedSum:
-        """Return a sum that came over the wire, checked against this plan; see `ClippedSum.from_arrays`."""
-        return self.clipper.sum_from_arrays(vector, fields)
+    def keep_keys(self, store: KeyStore) -> None:
+        """Keep the keys of correlated noise in a store, and continue after the rounds whose keys it holds."""
+        if self.enabled and self.mechanism.keeps_noise:
+            self._noise.use_store(store)
 
-    def release(self, total: ClippedSum, round_number: int) -> FloatVector:
-        """Return the noised mean update of a round: the only data of the devices that may leave.
+    def release(self, total: ClippedSum, round_number: int) -> Released:
+        """Return the noised means of a round: the only data of the devices that may leave.
 
         Arguments:
             total: The sum over all devices of the round that reported; emptied by this call.
             round_number: In 0..rounds; each once.
 
         Returns:
-            (P,) fp32: total / cohort + N(0, (z C / expected_cohort)^2); without noise when not enabled.
+            mean: (P,) fp32: total / cohort + N(0, (z C / expected_cohort)^2), correlated over the rounds as the
+            mechanism says; without noise when not enabled. With the answers to the round's riders.
 
         Raises:
             DataError: Not a sum of this plan, or of more devices than the round's cohort has.
             BudgetExceededError: The round, the sum or all planned releases are already spent.
         """
-        if type(total) is not ClippedSum or total.clip_norm != self.clip_norm:
+        self._check_sum(total, round_number)
+        total._live()
+        self._released.claim(round_number, self.rounds if self.enabled else math.inf)
+        clipper, num_devices = total.clipper, total.num_devices
+        vector = total._take()  # (P + Q,) int64
+        if self.enabled:
+            std = self.noise_multiplier * 2.0**FRACTION_BITS * (self.cohort / self.expected_cohort)
+            reports = num_devices * self.expected_cohort / self.cohort
+            self._noise.add_to(vector, std, round_number=round_number, clipper=clipper, num_reports=reports)
+        return self._means(vector, total.size, clipper)
+
+    def noise_std(self, clipper: Clipper) -> float:
+        """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled."""
+        scale = self.noise_multiplier / (self.expected_cohort * clipper.update_share)
+        return scale * clipper.clip_norm if self.enabled else 0.0
+
+    def _check_sum(self, total: ClippedSum, round_number: int) -> None:
+        is_ours = type(total) is ClippedSum and (total.clip_norm < math.inf) == self.enabled
+        if not is_ours or not (self.adaptation.clip_quantile or total.clip_norm == self.clip_norm):
             found = getattr(total, "clip_norm", type(total).__name__)
             raise DataError(f"cannot release {found}; give a sum made by this plan (clip norm {self.clip_norm})")
         sampled = self.sample_cohort(round_number).size
@@ -191,13 +286,19 @@ class PrivacyPlan(PrivacyTerms):
                 f"sum of {total.num_devices:,} devices, but round {round_number} sampled {sampled:,}; "
                 "a device was added twice or uninvited"
             )
-        total._live()
-        self._released.claim(round_number, self.rounds if self.enabled else math.inf)
-        vector = total._take()  # (P,) int64
-        if self.enabled:
-            std = self.noise_multiplier * 2.0**FRACTION_BITS * (self.cohort / self.expected_cohort)
-            self._noise(round_number).add_to(vector, std)
-        return _scaled(vector, self.clipper.unit / self.cohort)
+
+    def _means(self, vector: IntVector, size: int, clipper: Clipper) -> Released:
+        """Return update and answers from the noised integers, each in its own units."""
+        mean = _scaled(vector[:size], clipper.unit / self.cohort / clipper.update_share)
+        if clipper.geometry:
+            clipper.geometry.restore(mean)
+        answers: dict[str, Floats] = {}
+        place = size
+        for rider in clipper.riders:
+            scale = clipper.unit / (rider.share * clipper.clip_norm / rider.bound) / self.cohort
+            answers[rider.name] = vector[place : place + rider.size].astype(np.float64) * scale
+            place += rider.size
+        return Released(mean, answers, self.noise_std(clipper))
 
     def check_release(self, num_releases_so_far: int) -> None:
         """Raise `BudgetExceededError` if one more release would go beyond the T that are paid for."""
@@ -224,11 +325,6 @@ class PrivacyPlan(PrivacyTerms):
         """Refuse pickling and copying: a copy would release rounds again, and the plan holds the seed."""
         raise TypeError("PrivacyPlan is neither pickled nor copied; send plan.clipper to nodes, store plan.to_json()")
 
-    def _noise(self, round_number: int) -> NoiseStream:
-        if self.reproducible_noise:
-            return NoiseStream.reproducible(self.seed, round_number)
-        return NoiseStream.from_system()
-
     def _within_budget(self) -> PrivacyPlan:
         """Return the plan if its T releases cost at most its epsilon."""
         if self.enabled and self.epsilon_target:
@@ -243,18 +339,54 @@ class PrivacyPlan(PrivacyTerms):
         return self
 
 
-def _noise_multiplier(config: PrivacyConfig, rounds: int, fleet_size: int, cohort: int) -> float:
+def _mechanism(config: PrivacyConfig, rounds: int, population: int, cohort: int, fleet_rounds: int) -> Mechanism:
+    """Return the mechanism that a config names, for the accounted fleet.
+
+    Arguments:
+        config: The section [privacy].
+        rounds: T.
+        population, cohort: As accounted.
+        fleet_rounds: Rounds after which a device of the simulated fleet comes again, where devices take turns.
+    """
+    samplers = mechanisms.SAMPLERS.get(config.mechanism, ("poisson",))  # `create` refuses other names
+    sampler = config.sampler or samplers[0]
+    separation = config.min_separation
+    if sampler == "separated" and not separation:
+        separation = max(1, min(population // cohort, fleet_rounds, rounds))
+    rule = Participation(
+        sampler=sampler,
+        population=population,
+        cohort=cohort,
+        rounds=rounds,
+        cap=config.cap if sampler == "truncated_poisson" else 0,
+        separation=max(separation, 1),
+        max_participations=config.max_participations or -(-rounds // max(separation, 1)),
+    )
+    return mechanisms.create(
+        config.mechanism,
+        rule,
+        delta=config.delta,
+        epsilon=config.epsilon,
+        noise_multiplier=config.noise_multiplier,
+        bands=config.bands,
+        buffers=config.buffers,
+    )
+
+
+def _noise_multiplier(config: PrivacyConfig, mechanism: Mechanism) -> float:
     """Return z as given or calibrated."""
     if config.noise_multiplier:
         return require_number("privacy.noise_multiplier", config.noise_multiplier, above=0)
     if not config.epsilon:
         raise ConfigError("privacy.epsilon = 0 and privacy.noise_multiplier = 0; give one of them")
-    population, expected = config.population or fleet_size, config.expected_cohort or cohort
-    require_count("fleet.cohort", cohort, low=1, high=fleet_size, fix="lower fleet.cohort or add devices")
-    require_count("privacy.expected_cohort", expected, low=1, high=population, fix="raise privacy.population")
-    return accounting.noise_multiplier(
-        sampling_probability=expected / population, rounds=rounds, epsilon=config.epsilon, delta=config.delta
-    )
+    require_number("privacy.delta", config.delta, low=accounting.MIN_DELTA, high=0.1)
+    return mechanism.noise_multiplier(epsilon=config.epsilon, delta=config.delta)
+
+
+def _require_population(population: int, expected_cohort: int) -> None:
+    require_count("privacy.population", population, low=1)
+    fix = "raise privacy.population"
+    require_count("privacy.expected_cohort", expected_cohort, low=1, high=population, fix=fix)
 
 
 def _largest_cohort(capacity: int) -> int:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedlm.privacy.terms import PrivacyTerms
 
+_ACCOUNTANTS = {"pld": "PLD accounting", "gaussian": "accounting of the Gaussian mechanism in closed form"}
 _UNIT = "user (all data of one device)"
-_ADJACENCY = "add or remove one user"
 
 
 def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
@@ -19,6 +19,12 @@ def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
     found = []
     if terms.reproducible_noise:
         found.append("NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise")
+    if terms.epsilon_as_published is not None:
+        found.append(
+            f"noise allocated as published: its accounting would claim epsilon {_up(terms.epsilon_as_published)}; the "
+            f"least noise that a group can get, {terms.adaptation.noise_floor:g} of the nominal, makes it "
+            f"{_up(terms.epsilon(terms.rounds))}"
+        )
     if terms.mimics:
         accounted, real = terms.epsilon(terms.rounds), terms.epsilon_of_this_fleet(terms.rounds)
         found.append(
@@ -36,13 +42,34 @@ def statement(terms: PrivacyTerms) -> str:
     epsilon = _up(terms.epsilon(terms.rounds))
     guarantee = (
         f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {_UNIT}; "
-        f"adjacency: {_ADJACENCY}) for all {terms.rounds:,} releases together: Poisson sampling at "
-        f"q = {terms.expected_cohort:,} / {terms.population:,} = {terms.sampling_probability:.4g}, "
-        f"Gaussian mechanism with noise multiplier z = {terms.noise_multiplier:.4g}, "
-        f"clip norm C = {terms.clip_norm:g}, PLD accounting."
+        f"adjacency: {terms.mechanism.adjacency}) for all {terms.rounds:,} releases together: "
+        f"{terms.mechanism.description}, noise multiplier z = {terms.noise_multiplier:.4g}, "
+        f"{_clip(terms)}{_queries(terms)}, {_ACCOUNTANTS[terms.accountant]}."
     )
-    secret = "It holds against those who see only the releases; the seed decides the cohorts and must stay secret."
-    return " ".join([guarantee, secret, *(f"{stamp}." for stamp in stamps(terms))])
+    secret = "It holds against those who see only the releases"
+    if terms.accountant == "pld":
+        secret += "; the seed decides the cohorts and must stay secret"
+    return " ".join([guarantee, f"{secret}.", *(f"{stamp}." for stamp in stamps(terms))])
+
+
+def _clip(terms: PrivacyTerms) -> str:
+    rule, first = terms.adaptation, f"clip norm C = {terms.clip_norm:g}"
+    if rule.clip_quantile:
+        return f"{first} at first, then following the {rule.clip_quantile:g} quantile of update norms"
+    return first
+
+
+def _queries(terms: PrivacyTerms) -> str:
+    """Return which further queries share the noise; the update's own part of it is then larger."""
+    rule = terms.adaptation
+    asked = {
+        "the clip bit": rule.clip_quantile,
+        "the blocks' shares": rule.allocation == "adaptive",
+        f"word maps in the first {rule.selection_rounds} rounds": rule.selection_rounds,
+        f"metrics ({', '.join(rule.metrics)})": rule.metrics,
+    }
+    names = [name for name, is_asked in asked.items() if is_asked]
+    return f"; {', '.join(names)} included" if names else ""
 
 
 def figures(terms: PrivacyTerms) -> dict[str, object]:
@@ -50,12 +77,15 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
     return {
         "enabled": terms.enabled,
         "unit": _UNIT,
-        "adjacency": _ADJACENCY,
-        "sampler": "poisson",
-        "mechanism": terms.mechanism,
-        "accountant": "pld",
+        "adjacency": terms.mechanism.adjacency,
+        "sampler": terms.mechanism.participation.sampler,
+        "mechanism": terms.mechanism.name,
+        "accountant": terms.accountant,
+        "allocation": terms.adaptation.allocation,
+        "prefix_rmse": terms.mechanism.prefix_rmse() * terms.noise_multiplier,
         "epsilon": _finite(terms.epsilon(terms.rounds)),
         "epsilon_of_this_fleet": _finite(terms.epsilon_of_this_fleet(terms.rounds)),
+        "epsilon_as_published": _finite(terms.epsilon_as_published or math.inf),
         "epsilon_target": terms.epsilon_target,
         "delta": terms.delta,
         "noise_multiplier": terms.noise_multiplier,

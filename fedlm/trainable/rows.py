@@ -37,7 +37,7 @@ def row_set(config: RowsConfig, frequencies: Frequencies, *, seed: int, round_nu
     match config.sampler:
         case "uniform":
             ids = rng.choice(vocabulary_size, count, replace=False)
-        case "power":
+        case "power" | "dp_adafest":  # the latter until its own rows are chosen (`fedlm.privacy.adaptation`)
             ids = _systematic(inclusion_probabilities(frequencies, config.alpha, count), rng)
         case "top_k":
             ids = np.argsort(-frequencies, kind="stable")[:count]

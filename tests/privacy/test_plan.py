@@ -89,7 +89,7 @@ class TestRelease:
     def test_mean_and_noise(self) -> None:
         plan = make()
         total, exact = filled(plan, 20)
-        released = plan.release(total, 3)
+        released = plan.release(total, 3).mean
         assert released.dtype == np.float32
         noise = (released - exact / 50) / (1.0 * 0.3 / 50)  # the expected cohort divides, 20 devices came
         assert stats.kstest(noise, "norm").pvalue > 1e-6
@@ -102,19 +102,19 @@ class TestRelease:
         total_many, exact_many = filled(many, 30)
         for _ in range(3):
             total_many.add(np.full(SIZE, np.nan, np.float32))
-        difference = many.release(total_many, 1) - few.release(total_few, 1)
+        difference = many.release(total_many, 1).mean - few.release(total_few, 1).mean
         np.testing.assert_allclose(difference, (exact_many - exact_few) / 50, atol=1e-8)
 
     def test_an_empty_cohort_releases_noise_on_every_coordinate(self) -> None:
         plan = make()
-        released = plan.release(plan.new_sum(SIZE), 1)
+        released = plan.release(plan.new_sum(SIZE), 1).mean
         assert released.std() == pytest.approx(0.3 / 50, rel=0.02)
         assert np.count_nonzero(released) > 0.999 * SIZE
 
     def test_the_population_scales_the_noise_and_not_the_mean(self) -> None:
         plan = make(population=1_000_000, expected_cohort=5_000)
         total, exact = filled(plan, 30)
-        noise = plan.release(total, 1) - exact / 50
+        noise = plan.release(total, 1).mean - exact / 50
         assert noise.std() == pytest.approx(0.3 / 5_000, rel=0.02)
         assert noise.mean() == pytest.approx(0, abs=0.3 / 5_000 * 6 / math.sqrt(SIZE))
 
@@ -123,12 +123,12 @@ class TestRelease:
         total = plan.new_sum(3)
         assert not total.add(np.array([10.0, -20.0, 0.5], np.float32)).clipped
         mean = np.array([10.0, -20.0, 0.5], np.float32) / np.float32(50)
-        assert np.array_equal(plan.release(total, 1), mean)
+        assert np.array_equal(plan.release(total, 1).mean, mean)
 
     def test_noise_is_fresh_in_every_round_and_plan(self) -> None:
         plan, again = make(), make()
-        noise = [plan.release(plan.new_sum(SIZE), number) for number in (1, 2)]
-        noise.append(again.release(again.new_sum(SIZE), 1))
+        noise = [plan.release(plan.new_sum(SIZE), number).mean for number in (1, 2)]
+        noise.append(again.release(again.new_sum(SIZE), 1).mean)
         correlations = np.corrcoef(noise) - np.eye(3)
         assert np.abs(correlations).max() < 6 / math.sqrt(SIZE)
 
@@ -140,7 +140,7 @@ class TestRelease:
             "config = PrivacyConfig("
             "    epsilon=0.0, noise_multiplier=1.0, reproducible_noise=sys.argv[1] == 'True');"
             "plan = PrivacyPlan.create(config, rounds=20, fleet_size=2000, cohort=50, seed=7);"
-            "sys.stdout.write(plan.release(plan.new_sum(64), 1).tobytes().hex())"
+            "sys.stdout.write(plan.release(plan.new_sum(64), 1).mean.tobytes().hex())"
         )
         theirs = subprocess.run(
             [sys.executable, "-c", program, str(reproducible)],
@@ -150,7 +150,7 @@ class TestRelease:
             timeout=60,
         ).stdout
         plan = make(reproducible_noise=reproducible)
-        assert (plan.release(plan.new_sum(64), 1).tobytes().hex() == theirs) is reproducible
+        assert (plan.release(plan.new_sum(64), 1).mean.tobytes().hex() == theirs) is reproducible
 
     def test_a_round_is_released_once(self) -> None:
         plan = make()
@@ -173,7 +173,7 @@ class TestRelease:
         def race() -> None:
             barrier.wait()
             with contextlib.suppress(BudgetExceededError):
-                released.append(plan.release(plan.new_sum(1000), 1))
+                released.append(plan.release(plan.new_sum(1000), 1).mean)
 
         threads = [threading.Thread(target=race) for _ in range(8)]
         for thread in threads:
@@ -292,7 +292,7 @@ class TestResume:
 
     @pytest.mark.parametrize(
         "change",
-        [{"noise_multiplier": 0.1}, {"epsilon_target": 0.5}, {"rounds": 2_000}, {"delta": 1e-9}],
+        [{"noise_multiplier": 0.1}, {"epsilon_target": 0.5}, {"delta": 1e-9}],
     )
     def test_a_stored_plan_that_breaks_its_budget_is_refused(self, change: dict[str, Any]) -> None:
         stored = json.loads(make(epsilon=2.0, noise_multiplier=0.0).to_json()) | change
@@ -307,7 +307,7 @@ class TestResume:
         with pytest.raises(DataError, match="stored privacy plan"):
             PrivacyPlan.from_json(json.dumps(json.loads(make().to_json()) | change), seed=7)
 
-    @pytest.mark.parametrize("change", [{"enabled": False}, {"clip_norm": None}, {"noise_multiplier": 0.0}])
+    @pytest.mark.parametrize("change", [{"enabled": False}, {"rounds": 2_000}, {"noise_multiplier": 0.0}])
     def test_contradictory_plans_are_refused(self, change: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="contradict"):
             PrivacyPlan.from_json(json.dumps(json.loads(make().to_json()) | change), seed=7)

@@ -94,7 +94,7 @@ def test_dropouts_change_neither_divisor_nor_noise(small: Make, tmp_path: Path) 
     assert np.allclose(even + odd - nobody, everybody, rtol=0, atol=1e-7)
     # An all-dropped round still releases: exactly the noise of the plan, over the plan's expected cohort.
     plan = PrivacyPlan.from_json((tmp_path / "none" / "plan.json").read_text(), seed=config.seed)
-    assert (nobody == plan.release(plan.new_sum(len(nobody)), 1)).all()
+    assert (nobody == plan.release(plan.new_sum(len(nobody)), 1).mean).all()
     statements = {lines(tmp_path / name, "ledger.jsonl")[0]["privacy"]["statement"] for name in rules}
     assert len(statements) == 1
 
@@ -108,7 +108,7 @@ def test_over_selection_samples_accounts_and_divides_by_the_larger_cohort(small:
     assert larger.sampling_probability == pytest.approx(1.5 * plain.sampling_probability)
     assert larger.epsilon(4) > plain.epsilon(4)
     assert np.mean([len(larger.sample_cohort(t)) for t in range(5)]) == pytest.approx(36, rel=0.3)
-    noise = larger.release(larger.new_sum(20_000), 1)
+    noise = larger.release(larger.new_sum(20_000), 1).mean
     assert noise.std() == pytest.approx(larger.clip_norm / 36, rel=0.03)
     mimicked = small("fleet.over_selection=1.5", "privacy.population=1_000_000", "privacy.expected_cohort=5000")
     assert server.plan_of(Experiment.open(mimicked)).expected_cohort == 7500

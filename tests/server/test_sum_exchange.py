@@ -41,7 +41,7 @@ def update_of(device: int) -> np.ndarray:
 def requests_for(num_pieces: int) -> list[TrainRequest]:
     """Pieces of one to three devices each."""
     devices = [np.arange(3 * i, 3 * i + 1 + i % 3) for i in range(num_pieces)]
-    return [TrainRequest(d, np.array([len(d)]), CLIP_NORM) for d in devices]
+    return [TrainRequest(d, np.array([len(d)]), Clipper(CLIP_NORM).to_text()) for d in devices]
 
 
 class Clock:

@@ -88,15 +88,13 @@ class Mechanism(ABC):
     keeps_noise: ClassVar[bool] = False
     """Whether a round's noise depends on earlier draws, so that their keys have to outlive a restart."""
 
-    @property
-    @abstractmethod
-    def participation(self) -> Participation:
-        """What sampling and ledger have to guarantee."""
+    participation: Participation
+    """What sampling and ledger have to guarantee."""
 
     @property
     @abstractmethod
     def adjacency(self) -> str:
-        """"add or remove one user" where sampling amplifies; "one user's contributions replaced by zero" elsewhere."""
+        """ "add or remove one user" where sampling amplifies; "one user's contributions replaced by zero" elsewhere."""
 
     @property
     @abstractmethod
@@ -119,6 +117,10 @@ class Mechanism(ABC):
     def new_noise(self, size: int) -> RoundNoise:
         """Return the noise of a run over vectors of `size` coordinates, before round 1."""
 
+    def noise_growth(self, num_reports: float) -> float:
+        """Return what multiplies the noise of a sum over so many devices: 1 but where every device adds its own."""
+        return 1.0
+
     @abstractmethod
     def realised_epsilon(
         self, *, noise_multiplier: float, num_releases: int, delta: float, separation: int, max_participations: int
@@ -133,7 +135,7 @@ class Mechanism(ABC):
 
     @abstractmethod
     def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers, JSON-ready, "name" among them; `fedlm.privacy.mechanisms.from_fields` inverts it."""
+        """Return all public numbers, JSON-ready, "name" among them; `mechanisms.from_fields` inverts it."""
 
     @classmethod
     @abstractmethod

@@ -1,0 +1,287 @@
+"""What a plan adapts from round to round: clip norm, noise allocation, selected rows. All from releases alone.
+
+`Adaptation` is the frozen rule, part of the plan; `PrivacyState` is what it knows after some rounds. A state is a
+function of the first state and of released vectors, so a resumed run recomputes it from its journal, and no device's
+data reaches it but through the noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.errors import DataError
+from fedlm.privacy import allocation
+from fedlm.privacy.adaptive_clip import bit_share, next_clip_norm
+from fedlm.privacy.allocation import AllocationState
+from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.geometry import Geometry
+from fedlm.privacy.riders import ClipBit, DPMetrics, GroupShares, Rider, WordMap
+from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
+
+Floats = npt.NDArray[np.float64]
+METRIC_SHARE = 0.1  # for each coordinate: its noise multiplier is ten times the update's
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    """All that leaves a round.
+
+    Arguments:
+        mean: (P,) the noised mean update.
+        answers: Of each rider, (size,), the noised mean over the expected cohort in the rider's own units.
+        noise_std: Of a coordinate of `mean` in a group of scale 1.
+    """
+
+    mean: Vector
+    answers: Mapping[str, Floats]
+    noise_std: float
+
+
+@dataclass(frozen=True, eq=False)
+class PrivacyState:
+    """What is known after some releases: public.
+
+    Arguments:
+        clip_norm: C of the next round.
+        allocation: None for isotropic noise.
+        word_scores: (V,) sum of the released word maps; None without row selection.
+    """
+
+    clip_norm: float
+    allocation: AllocationState | None = None
+    word_scores: Floats | None = None
+
+    def to_text(self) -> str:
+        """Return the state without its word scores, as JSON."""
+        allocated = self.allocation.to_fields() if self.allocation else None
+        return json.dumps({"clip_norm": self.clip_norm, "allocation": allocated})
+
+    @classmethod
+    def from_text(cls, text: str, word_scores: Floats | None) -> PrivacyState:
+        """Return the state that `to_text` described.
+
+        Raises:
+            DataError: Not such a text.
+        """
+        try:
+            fields = json.loads(text)
+            found = fields["allocation"]
+            return cls(fields["clip_norm"], AllocationState.from_fields(found) if found else None, word_scores)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"a stored privacy state cannot be read ({error}); restore the run folder") from error
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The rule, from public numbers alone.
+
+    Arguments:
+        clip_norm: C of round 1.
+        clip_quantile: gamma that C follows; 0: C stays.
+        clip_learning_rate: eta.
+        bit_share: Of the clip norm.
+        allocation: One of `allocation.KINDS`.
+        moments: By kind of block, public guesses of m_g; empty: none.
+        noise_floor: Least part of the nominal noise that the form as published may go down to.
+        metrics, metric_bounds: DP metrics.
+        selection_rounds: First rounds that ask for the words of the devices; 0: none.
+        selection_share: Of the clip norm, in those rounds.
+        selection_threshold: Least score of a selected word, in standard deviations of its noise.
+        row_count: Rows to select at most.
+        vocabulary_size: V; 0 without row selection.
+    """
+
+    clip_norm: float
+    clip_quantile: float = 0.0
+    clip_learning_rate: float = 0.2
+    bit_share: float = 0.0
+    allocation: str = "isotropic"
+    moments: tuple[tuple[str, float], ...] = ()
+    noise_floor: float = 0.5
+    metrics: tuple[str, ...] = ()
+    metric_bounds: tuple[float, ...] = ()
+    selection_rounds: int = 0
+    selection_share: float = 0.0
+    selection_threshold: float = 0.0
+    row_count: int = 0
+    vocabulary_size: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        config: PrivacyConfig,
+        *,
+        noise_multiplier: float,
+        expected_cohort: int,
+        rows: RowsConfig | None = None,
+        vocabulary_size: int = 0,
+        moments: Mapping[str, float] | None = None,
+    ) -> Adaptation:
+        """Return the rule of an experiment.
+
+        Arguments:
+            config: The section [privacy].
+            noise_multiplier: z.
+            expected_cohort: n, as accounted.
+            rows: The section [trainable.embedding_rows]; None without embedding rows.
+            vocabulary_size: V.
+            moments: Public m_g by kind of block; needed for the public and the per-group allocation.
+        """
+        quantile = config.clip_quantile
+        selects = rows is not None and rows.sampler == "dp_adafest"
+        share = bit_share(noise_multiplier=noise_multiplier, expected_cohort=expected_cohort, quantile=quantile)
+        return cls(
+            clip_norm=config.clip_norm,
+            clip_quantile=quantile,
+            clip_learning_rate=config.clip_learning_rate,
+            bit_share=share if quantile else 0.0,
+            allocation=config.allocation,
+            moments=tuple(sorted((moments or {}).items())),
+            noise_floor=config.noise_floor,
+            metrics=config.metrics,
+            metric_bounds=tuple(_bound(name, config) for name in config.metrics),
+            selection_rounds=rows.selection_rounds if rows and selects else 0,
+            selection_share=rows.selection_share if rows and selects else 0.0,
+            selection_threshold=rows.selection_threshold if rows and selects else 0.0,
+            row_count=rows.count if rows and selects else 0,
+            vocabulary_size=vocabulary_size if selects else 0,
+        )
+
+    @property
+    def changes_coordinates(self) -> bool:
+        """Whether clip norm, scales or row set change during a run, which correlated noise cannot follow."""
+        return bool(self.clip_quantile or self.selection_rounds or self.allocation in ("adaptive", "published"))
+
+    def first_state(self, spec: UpdateSpec) -> PrivacyState:
+        """Return the state before round 1; `spec` is any round's."""
+        scores = np.zeros(self.vocabulary_size) if self.selection_rounds else None
+        if self.allocation == "isotropic":
+            return PrivacyState(self.clip_norm, word_scores=scores)
+        sizes = allocation.group_sizes(spec)
+        moments = [
+            dict(self.moments).get(name, size) for name, size in zip(allocation.groups_of(spec), sizes, strict=True)
+        ]
+        scaled = self.allocation in ("public", "adaptive") and bool(self.moments)
+        return PrivacyState(
+            self.clip_norm, AllocationState.start(moments, [int(s) for s in sizes], scaled=scaled), scores
+        )
+
+    def clipper(self, state: PrivacyState, spec: UpdateSpec, round_number: int) -> Clipper:
+        """Return what round `round_number` clips with."""
+        return Clipper(state.clip_norm, self._geometry(state, spec), self._riders(spec, round_number))
+
+    def next(
+        self, state: PrivacyState, spec: UpdateSpec, *, clipper: Clipper, values: Vector, released: Released
+    ) -> PrivacyState:
+        """Return the state after a release.
+
+        Arguments:
+            state, spec, clipper: Of the released round.
+            values: (P,) the model's values in it.
+            released: What left.
+        """
+        answers = released.answers
+        if ClipBit.name in answers:
+            excess = float(answers[ClipBit.name][0])
+            rate = self.clip_learning_rate
+            state = replace(state, clip_norm=next_clip_norm(state.clip_norm, excess=excess, learning_rate=rate))
+        if WordMap.name in answers and state.word_scores is not None:
+            state = replace(state, word_scores=state.word_scores + answers[WordMap.name])
+        if state.allocation and self.allocation in ("adaptive", "published"):
+            state = replace(state, allocation=self._allocate(state.allocation, spec, clipper, values, released))
+        return state
+
+    def selected_rows(self, state: PrivacyState, *, answer_std: float) -> RowIds:
+        """Return the rows (S,) that the word maps chose: the highest scores above the threshold, at most `row_count`.
+
+        Arguments:
+            state: After the selection rounds.
+            answer_std: Standard deviation of one released answer's coordinate.
+
+        Returns:
+            Sorted ids; empty when no score is above the threshold.
+        """
+        assert state.word_scores is not None, "no rows are selected without word maps"
+        least = self.selection_threshold * answer_std * self.selection_rounds**0.5
+        best = np.argsort(-state.word_scores, kind="stable")[: self.row_count]
+        return np.sort(best[state.word_scores[best] > least]).astype(np.int64)
+
+    def metric_means(self, released: Released) -> dict[str, float]:
+        """Return the released DP metrics by name; empty without any."""
+        riders = [rider for rider in self._metric_riders() if rider.name in released.answers]
+        return {key: value for rider in riders for key, value in rider.means(released.answers[rider.name]).items()}
+
+    def _geometry(self, state: PrivacyState, spec: UpdateSpec) -> Geometry | None:
+        allocated = state.allocation
+        if allocated is None:
+            return None
+        spans = allocation.spans_of(spec)
+        if self.allocation == "per_group":
+            return allocation.per_group(spec, np.asarray(allocated.moments), allocated.importance)
+        if self.allocation == "published":
+            sizes = allocation.group_sizes(spec)
+            noise = allocation.published_noise(allocated.importance, sizes, floor=self.noise_floor)
+            return Geometry(spans, allocated.scales, noise=tuple(float(value) for value in noise))
+        return Geometry(spans, allocated.scales)
+
+    def _riders(self, spec: UpdateSpec, round_number: int) -> tuple[Rider, ...]:
+        riders: list[Rider] = []
+        if self.clip_quantile:
+            riders.append(ClipBit(self.bit_share, self.clip_quantile))
+        if self.allocation == "adaptive":
+            riders.append(GroupShares(allocation.SHARE, len(allocation.groups_of(spec))))
+        if round_number <= self.selection_rounds:
+            riders.append(WordMap(self.selection_share, self.vocabulary_size))
+        return (*riders, *self._metric_riders())
+
+    def _metric_riders(self) -> tuple[DPMetrics, ...]:
+        if not self.metrics:
+            return ()
+        share = METRIC_SHARE * (len(self.metrics) + 1) ** 0.5
+        return (DPMetrics(share, self.metrics, self.metric_bounds),)
+
+    def _allocate(
+        self, state: AllocationState, spec: UpdateSpec, clipper: Clipper, values: Vector, released: Released
+    ) -> AllocationState:
+        assert clipper.geometry is not None, "an allocation always has a geometry"
+        noise = np.asarray(clipper.geometry.scales) * np.asarray(clipper.geometry.noise or 1.0)
+        nothing = np.zeros(len(state.scales))
+        return allocation.updated(
+            state,
+            spec,
+            values=values,
+            mean=released.mean,
+            noise_std=released.noise_std,
+            noise=noise,
+            shares=released.answers.get(GroupShares.name, nothing),
+            adapts_scales=self.allocation == "adaptive",
+        )
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return what `from_fields` needs, JSON-ready."""
+        return {name: getattr(self, name) for name in Adaptation.__dataclass_fields__}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Adaptation:
+        """Return the rule that `to_fields` described.
+
+        Raises:
+            DataError: Other fields than it has.
+        """
+        try:
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+            values["moments"] = tuple((str(kind), float(value)) for kind, value in values["moments"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"stored adaptation cannot be read ({error}); it is of another version of fedlm") from error
+
+
+def _bound(name: str, config: PrivacyConfig) -> float:
+    return {"clip_fraction": 1.0, "num_tokens": config.max_tokens_metric}.get(name, config.max_loss_metric)

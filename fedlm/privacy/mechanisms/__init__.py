@@ -1,0 +1,112 @@
+"""Mechanisms of noise, one file each: `create` makes one for a participation rule, `from_fields` restores a stored one.
+
+mechanism   samplers, the default first                       a round's noise needs
+gaussian    poisson, truncated_poisson, fixed, separated      nothing else
+blt         separated                                         `buffers` vectors
+banded      cyclic_poisson, separated                         `bands` - 1 vectors
+tree        separated                                         log2 T vectors
+local       separated, any other                              nothing else
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedlm.errors import ConfigError, DataError
+from fedlm.privacy.mechanisms.banded import Banded, best_band
+from fedlm.privacy.mechanisms.base import Mechanism, Participation, RoundNoise
+from fedlm.privacy.mechanisms.blt import Blt
+from fedlm.privacy.mechanisms.gaussian import Gaussian
+from fedlm.privacy.mechanisms.local import Local
+from fedlm.privacy.mechanisms.tree import Tree
+from fedlm.privacy.ranges import require_count, require_number
+
+__all__ = ["NAMES", "SAMPLERS", "Mechanism", "Participation", "RoundNoise", "create", "default_sampler", "from_fields"]
+
+_CLASSES: dict[str, type[Gaussian | Blt | Banded | Tree | Local]] = {
+    kind.name: kind for kind in (Gaussian, Blt, Banded, Tree, Local)
+}
+NAMES = tuple(_CLASSES)
+SAMPLERS = {name: kind.samplers for name, kind in _CLASSES.items()}
+
+
+def create(
+    name: str,
+    participation: Participation,
+    *,
+    delta: float,
+    epsilon: float = 0.0,
+    noise_multiplier: float = 0.0,
+    bands: int = 0,
+    buffers: int = 2,
+    max_bands: int = 0,
+) -> Mechanism:
+    """Return the mechanism of a run, its matrix chosen for the participation rule.
+
+    Arguments:
+        name: One of `NAMES`.
+        participation: Its sampler is one of `SAMPLERS[name]`. "cyclic_poisson" with separation 1 leaves the number of
+            classes to the number of bands.
+        delta, epsilon: The target, which decides the best band under cyclic Poisson sampling.
+        noise_multiplier: z where epsilon is not given; no matrix depends on it.
+        bands: Of "banded"; 0: the best (`best_band`).
+        buffers: Of "blt".
+        max_bands: The most that `bands` = 0 may choose; 0: no limit.
+
+    Raises:
+        ConfigError: An impossible combination.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"privacy.mechanism = {name!r} is not built in; use one of {', '.join(NAMES)}")
+    require_count("privacy.bands", bands)
+    if name == "banded":
+        if bands:
+            return _with_bands(participation, bands)
+        _require_epsilon(participation, epsilon, noise_multiplier)
+        return best_band(participation, epsilon=epsilon, delta=delta, max_bands=max_bands)
+    if bands:
+        raise ConfigError(f"privacy.bands = {bands} has no meaning for privacy.mechanism = {name!r}; set it to 0")
+    if name == "blt":
+        return Blt.optimised(participation, buffers=buffers)
+    kinds: dict[str, type[Gaussian | Tree | Local]] = {"gaussian": Gaussian, "tree": Tree, "local": Local}
+    return kinds[name](participation)
+
+
+def from_fields(fields: Mapping[str, Any]) -> Mechanism:
+    """Return the mechanism that `Mechanism.to_fields` described; nothing is optimised or calibrated again.
+
+    Raises:
+        DataError: Not such fields, or a field missing, of a wrong type or out of range.
+    """
+    name = fields.get("name")
+    if not isinstance(name, str) or name not in NAMES:
+        raise DataError(
+            f"stored mechanism {name!r} is not one of {', '.join(NAMES)}; it is of another version of fedlm"
+        )
+    return _CLASSES[name].from_fields(fields)
+
+
+def default_sampler(name: str) -> str:
+    """Return the sampler of a mechanism whose config names none; empty for an unknown mechanism."""
+    return SAMPLERS[name][0] if name in SAMPLERS else ""
+
+
+def _classes_open(rule: Participation) -> bool:
+    return rule.sampler == "cyclic_poisson" and rule.separation == 1
+
+
+def _with_bands(rule: Participation, bands: int) -> Banded:
+    return Banded(replace(rule, separation=bands) if _classes_open(rule) else rule, bands)
+
+
+def _require_epsilon(rule: Participation, epsilon: float, noise_multiplier: float) -> None:
+    if not _classes_open(rule):
+        return
+    if noise_multiplier and not epsilon:
+        raise ConfigError(
+            f"privacy.bands = 0 with privacy.noise_multiplier = {noise_multiplier}: the best is that for an epsilon; "
+            "set privacy.bands, or privacy.epsilon in place of the noise multiplier"
+        )
+    require_number("privacy.epsilon", epsilon, above=0)

@@ -1,0 +1,21 @@
+"""The privacy test kit: checks of what fedlm promises, for strategies of your own (docs/testkit.md)."""
+
+from fedlm.privacy.testkit.checks import CHECKS, check_strategy, check_subject, strategy_checks
+from fedlm.privacy.testkit.failure import PrivacyTestFailure
+from fedlm.privacy.testkit.strategy_subject import StrategyRun, StrategySubject
+from fedlm.privacy.testkit.subject import Claim, Make, Outcome, Setting, Subject
+
+__all__ = [
+    "CHECKS",
+    "Claim",
+    "Make",
+    "Outcome",
+    "PrivacyTestFailure",
+    "Setting",
+    "StrategyRun",
+    "StrategySubject",
+    "Subject",
+    "check_strategy",
+    "check_subject",
+    "strategy_checks",
+]

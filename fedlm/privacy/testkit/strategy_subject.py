@@ -1,0 +1,227 @@
+"""The adapter from a strategy to a subject: the server's side of a round, as the engine runs it, without a network.
+
+All that the kit needs of `PrivacyPlan` is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fedlm.config.schema import PrivacyConfig, StrategyConfig
+from fedlm.errors import ConfigError
+from fedlm.privacy.adaptation import Released
+from fedlm.privacy.clipping import ClippedSum, Clipper
+from fedlm.privacy.plan import PrivacyPlan
+from fedlm.privacy.testkit.failure import PrivacyTestFailure
+from fedlm.privacy.testkit.subject import Claim, Floats, Outcome, Setting, Subject
+from fedlm.randomness import seed_key, stream
+from fedlm.strategy import Release, Strategy, StrategyState
+from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
+
+StrategyMaker = Callable[[StrategyConfig], Strategy]
+_MOMENTS = {"dense": 1.0, "bias": 0.1, "rows": 0.01}
+
+
+class _Keys:
+    """The key file of correlated noise, in memory."""
+
+    def __init__(self, keys: list[int]) -> None:
+        self._keys = list(keys)
+
+    def keys(self) -> list[int]:
+        """Return the keys of the released rounds, in order."""
+        return list(self._keys)
+
+    def append(self, round_number: int, key: int) -> None:
+        """Keep the key of a round."""
+        self._keys.append(key)
+
+
+class StrategyRun:
+    """A run of a strategy under a privacy plan.
+
+    Arguments:
+        strategy: The class, or whatever makes a strategy from its configuration.
+        strategy_config, privacy_config: As in the experiment; the setting replaces clip norm, noise and fleet.
+        setting: Of the kit.
+    """
+
+    def __init__(
+        self, strategy: StrategyMaker, strategy_config: StrategyConfig, privacy_config: PrivacyConfig, setting: Setting
+    ) -> None:
+        self._arguments = (strategy, strategy_config, privacy_config, setting)
+        self._setting, self._strategy = setting, strategy(strategy_config)
+        self._plan = PrivacyPlan.from_json(_stored_plan(privacy_config, replace(setting, seed=0)), seed=setting.seed)
+        self._keys = _Keys([])
+        self._plan.keep_keys(self._keys)
+        full = _full_spec(setting.size)
+        self._spec = full.with_rows(np.arange(1, 2 * (setting.size // 8), 2))
+        self._privacy = self._plan.first_state(self._spec)
+        values = stream(seed_key(setting.seed), "values").standard_normal(full.size, np.float32)  # (P_full,)
+        self._state = self._strategy.init(full, values)
+
+    @property
+    def claim(self) -> Claim:
+        """What the plan states."""
+        is_poisson = self._plan.mechanism.participation.sampler == "poisson"
+        return Claim(
+            noise_multiplier=self._plan.noise_multiplier,
+            cohort=self._plan.cohort,
+            sampling_probability=self._plan.sampling_probability if is_poisson else None,
+            matrix=_matrix(self._plan),
+        )
+
+    def sample_cohort(self, round_number: int) -> RowIds:
+        """Return the plan's cohort."""
+        return self._plan.sample_cohort(round_number)
+
+    def round(self, round_number: int, updates: Mapping[int, Vector]) -> Outcome:
+        """Add up, release, step."""
+        return self._step(round_number, updates, lambda total: self._release(total, round_number))
+
+    def replay(self, round_number: int, updates: Mapping[int, Vector], release: Floats) -> Outcome:
+        """Step on a release of the journal, as a resumed run does."""
+        clipper = self._plan.clipper(self._privacy, self._spec, round_number)
+        # Correlated noise goes on from the draws of all earlier rounds; reproducible, they are those of the recording.
+        self._plan.release(clipper.new_sum(self._setting.size), round_number)
+        return self._step(round_number, updates, lambda total: self._split(release, clipper))
+
+    def restarted(self) -> Subject:
+        """Return a new plan and a new strategy with the checkpointed state and the keys on disk."""
+        other = type(self)(*self._arguments)
+        slots = {name: array.copy() for name, array in self._state.slots.items()}
+        other._state = StrategyState(self._state.values.copy(), slots, self._state.num_steps)
+        other._privacy, other._keys = self._privacy, _Keys(self._keys.keys())
+        other._plan.keep_keys(other._keys)
+        return other
+
+    def _release(self, total: ClippedSum, round_number: int) -> Released:
+        return self._plan.release(total, round_number)
+
+    def _contributions(self, clipper: Clipper, updates: Mapping[int, Vector]) -> Iterable[ClippedSum]:
+        """Yield a sum for each device, after the empty one that the engine opens the round with."""
+        yield clipper.new_sum(self._setting.size)
+        for device in updates:
+            total = clipper.new_sum(self._setting.size)
+            total.add(updates[device])
+            yield total
+
+    def _step(
+        self, round_number: int, updates: Mapping[int, Vector], mean: Callable[[ClippedSum], Released]
+    ) -> Outcome:
+        clipper = self._plan.clipper(self._privacy, self._spec, round_number)
+        state, values = replace(self._state, total=None), self._spec.gather(self._state.values)
+        for contribution in self._contributions(clipper, updates):
+            state = self._strategy.accumulate(state, contribution)
+        found: list[Released] = []
+
+        def noted(total: ClippedSum) -> Vector:
+            found.append(mean(total))
+            return found[-1].mean.copy()  # a strategy may write into it
+
+        self._state, diagnostics = self._strategy.finish(state, Release(self._spec, noted))
+        if len(found) != 1:
+            raise PrivacyTestFailure(
+                f"contract: round {round_number} asked for release.mean {len(found)} times; finish must ask once"
+            )
+        released = found[0]
+        self._privacy = self._plan.next_state(self._privacy, self._spec, round_number, values=values, released=released)
+        flat = np.concatenate([released.mean, *(released.answers[rider.name] for rider in clipper.riders)])
+        return Outcome(flat.astype(np.float64), self._std(clipper), self._public(diagnostics))
+
+    def _std(self, clipper: Clipper) -> Floats:
+        """Return the stated noise (P + Q,) of the mean and of each rider's answer, in their own units."""
+        std = np.full(self._setting.size, self._plan.noise_std(clipper), np.float32)  # (P,)
+        if clipper.geometry:
+            clipper.geometry.restore(std)
+            for start, stop, factor in clipper.geometry.noise_spans():
+                std[start:stop] *= np.float32(factor)
+        one = self._plan.noise_multiplier / self._plan.expected_cohort
+        answers = [np.full(rider.size, one * rider.bound / rider.share) for rider in clipper.riders]
+        return np.concatenate([std.astype(np.float64), *answers])
+
+    def _split(self, release: Floats, clipper: Clipper) -> Released:
+        """Return what the plan released as the flat vector (P + Q,)."""
+        place, answers = self._setting.size, {}
+        for rider in clipper.riders:
+            answers[rider.name] = release[place : place + rider.size]
+            place += rider.size
+        mean = release[: self._setting.size].astype(np.float32)
+        return Released(mean, answers, self._plan.noise_std(clipper))
+
+    def _public(self, diagnostics: Mapping[str, float]) -> dict[str, Any]:
+        state = {"values": self._state.values.copy(), "num_steps": np.array(self._state.num_steps)}
+        state["privacy state"] = np.frombuffer(self._privacy.to_text().encode(), np.uint8)
+        state |= {f"slot {name}": array.copy() for name, array in self._state.slots.items()}
+        return state | {f"diagnostic {name}": np.array(value) for name, value in diagnostics.items()}
+
+
+@dataclass(frozen=True)
+class StrategySubject:
+    """Makes runs of a strategy: call it with a `Setting`.
+
+    Arguments:
+        strategy: The class, or whatever makes a strategy from its configuration.
+        privacy_config: Mechanism and options; the setting replaces clip norm, noise and fleet.
+        strategy_config: Given to the strategy.
+        run: The adapter; a subclass changes what it has to.
+    """
+
+    strategy: StrategyMaker
+    privacy_config: PrivacyConfig = field(default_factory=PrivacyConfig)
+    strategy_config: StrategyConfig = field(default_factory=StrategyConfig)
+    run: type[StrategyRun] = StrategyRun
+
+    def __call__(self, setting: Setting) -> StrategyRun:
+        """Return a new run."""
+        return self.run(self.strategy, self.strategy_config, self.privacy_config, setting)
+
+
+@lru_cache(maxsize=64)
+def _stored_plan(config: PrivacyConfig, setting: Setting) -> str:
+    """Return the text of a plan, made once for all seeds: some mechanisms are optimised, which takes a second."""
+    config = replace(
+        config,
+        enabled=True,
+        clip_norm=setting.clip_norm,
+        epsilon=0.0,
+        noise_multiplier=setting.noise_multiplier,
+        population=0,
+        expected_cohort=0,
+        reproducible_noise=setting.reproducible,
+    )
+    plan = PrivacyPlan.create(
+        config,
+        rounds=setting.rounds,
+        fleet_size=setting.fleet_size,
+        cohort=setting.cohort,
+        seed=setting.seed,
+        moments=_MOMENTS if config.allocation != "isotropic" else None,
+    )
+    return plan.to_json()
+
+
+def _full_spec(size: int) -> UpdateSpec:
+    """Return a spec whose rounds have `size` coordinates when half of its rows take part."""
+    if size % 8:
+        raise ConfigError(f"size = {size} must be a multiple of 8, so that the kit can lay out its blocks")
+    return UpdateSpec.build(
+        [("w", "dense", (size // 4,)), ("b", "bias", (size // 4,)), ("input_table", "rows", (2 * (size // 8), 4))]
+    )
+
+
+def _matrix(plan: PrivacyPlan) -> Floats | None:
+    """Return C of a mechanism that correlates noise, None for independent noise."""
+    mechanism: Any = plan.mechanism
+    if not mechanism.keeps_noise:
+        return None
+    column = getattr(mechanism, "column", None)  # (T,)
+    if column is None:
+        raise ConfigError(f"privacy.mechanism = {mechanism.name!r} states no matrix; the kit whitens with it")
+    lags = np.subtract.outer(np.arange(len(column)), np.arange(len(column)))  # (T, T)
+    return np.where(lags >= 0, column[np.maximum(lags, 0)], 0.0)
