@@ -1,10 +1,10 @@
 """How much noise correlated mechanisms leave in prefix sums, that is in the model after each round.
 
-First table: the RMSE, over all rounds, of the noise in one coordinate of the sum of all releases so far, for clip norm 1
-and the noise multiplier that each mechanism needs at an epsilon; at the scale of the StackOverflow data (342,477 users,
-1,000 a round, 2,052 rounds, delta 1e-6). Banded noise has the best of a few numbers of bands (in parentheses). Second
-table: RMSE times sensitivity, to which the RMSE is proportional at every epsilon without amplification, for 2,000 rounds and
-users who come five times, 400 rounds apart. Beside each figure stands what it should be, within 5 %.
+First table: the RMSE, over all rounds, of the noise in one coordinate of the sum of all releases so far, for clip
+norm 1 and the noise multiplier that each mechanism needs at an epsilon; at the scale of the StackOverflow data (342,477
+users, 1,000 a round, 2,052 rounds, delta 1e-6). Banded noise has the best of a few numbers of bands (in parentheses).
+Second table: RMSE times sensitivity, to which the RMSE is proportional at every epsilon without amplification, for
+2,000 rounds and users who come five times, 400 rounds apart. Beside each figure stands what it should be, within 5 %.
 
     python -m benchmarks.prefix_rmse
 """
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import machine
+from fedlm.privacy.accounting import gaussian_mu
 from fedlm.privacy.mechanisms import Participation, create, toeplitz
 from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Floats
@@ -56,8 +57,9 @@ def products(rounds: int = 2_000, separation: int = 400) -> Iterator[tuple[str, 
     ]  # fmt: skip
     for case, name, options in cases:
         made = create(name, rule, delta=DELTA, **options)
-        # epsilon 1 and its mu stand for any: noise multiplier times mu is the sensitivity.
-        yield case, made.prefix_rmse() * made.noise_multiplier(epsilon=1.0, delta=DELTA) * _mu()
+        # At any epsilon, here 1, noise multiplier times mu is the sensitivity.
+        moved = made.noise_multiplier(epsilon=1.0, delta=DELTA) * gaussian_mu(1.0, DELTA)
+        yield case, made.prefix_rmse() * moved
     column = toeplitz.square_root_column(rounds)
     times = -(-rounds // separation)
     moved = toeplitz.sensitivity(column, separation=separation, participations=times)
@@ -84,12 +86,6 @@ def optimised_band(rounds: int, bands: int) -> float:
     start = toeplitz.square_root_column(bands)[1:]
     best = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500})
     return math.exp(float(best.fun)) / math.sqrt(rounds)
-
-
-def _mu() -> float:
-    from fedlm.privacy.accounting import gaussian_mu
-
-    return gaussian_mu(1.0, DELTA)
 
 
 def main() -> None:

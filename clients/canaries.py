@@ -16,6 +16,9 @@ from fedlm.trainable.spec import UpdateSpec, Vector
 _NOTHING = Part(0, np.full(1, math.nan, np.float32))
 """An update that is not finite: it counts as a device and contributes zero, to the answers beside the update too."""
 
+_EXCESS = 10.0
+"""Norm of a canary's update before the clip, in clip norms."""
+
 
 class CanaryDevices:
     """The canaries among a node's devices.
@@ -56,9 +59,9 @@ class CanaryDevices:
         return canary_text(self._experiment.config, self._experiment.vocabulary, number)
 
     def _update(self, number: int, total: ClippedSum, spec: UpdateSpec) -> Vector:
-        """Return an update (P,) of twice the clip norm, that the clip turns into C c_j in its own coordinates."""
+        """Return an update (P,) that the clip turns into C c_j in its own coordinates; without a clip it stands out."""
         update = self._canaries.signs(number, spec)
-        norm = 2 * total.clip_norm if math.isfinite(total.clip_norm) else 1.0
+        norm = _EXCESS * total.clip_norm if math.isfinite(total.clip_norm) else 1.0
         update *= np.float32(norm / math.sqrt(spec.size))
         if total.clipper.geometry:
             total.clipper.geometry.restore(update)

@@ -193,7 +193,7 @@ class _Case:
         return Cost(
             fleet_share=canaries.count / plan.fleet_size,
             canary_norm=sqrt(num_members * share) * clipper.clip_norm / plan.cohort,
-            noise_norm=plan.noise_std(clipper) * sqrt(first["mean"].size),
+            noise_norm=plan.noise_std(clipper) * sqrt(first["mean"].size) * plan.mechanism.noise_growth(plan.cohort),
         )
 
     def _vectors(self) -> tuple[UpdateSpec, Vector]:

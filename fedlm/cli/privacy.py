@@ -1,20 +1,29 @@
-"""`fedlm privacy`: accounting of the Poisson-sampled Gaussian mechanism, no config needed."""
+"""`fedlm privacy`: accounting of every mechanism and sampler, and a table to choose from; no config needed."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
 
 from fedlm.cli.options import Json
-from fedlm.cli.output import print_json
-from fedlm.errors import ConfigError
+from fedlm.cli.output import print_json, print_table
+from fedlm.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fedlm.privacy.compare import Row
+    from fedlm.privacy.mechanisms import Mechanism, Participation
+    from fedlm.privacy.skellam import Skellam
 
 app = typer.Typer(help="Privacy accounting.")
 
 Population = Annotated[int, typer.Option(min=1, help="Users in the fleet.")]
-Cohort = Annotated[int, typer.Option(min=1, help="Expected users a round (Poisson sampling).")]
+Cohort = Annotated[int, typer.Option(min=1, help="Expected users a round.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds.")]
 
 
@@ -32,6 +41,23 @@ class Positive(click.FloatRange):
 
 
 Delta = Annotated[float, typer.Option(click_type=Positive(max=1), help="Below one over the population.")]
+MechanismName = Annotated[str, typer.Option("--mechanism", help="gaussian, blt, banded, tree, local or skellam.")]
+Sampler = Annotated[
+    str,
+    typer.Option(help="poisson, truncated_poisson, fixed, cyclic_poisson or separated; empty: the mechanism's own."),
+]
+Cap = Annotated[int, typer.Option(min=0, help="truncated_poisson: the largest cohort.")]
+MinSeparation = Annotated[
+    int, typer.Option(min=0, help="separated: rounds between two of a user's; 0: population / cohort.")
+]
+MaxParticipations = Annotated[int, typer.Option(min=0, help="Most rounds of one user; 0: as the separation has it.")]
+Bands = Annotated[int, typer.Option(min=0, help="banded: bands of the matrix; 0: the best number.")]
+Buffers = Annotated[int, typer.Option(min=1, max=4, help="blt: buffers.")]
+Size = Annotated[int, typer.Option(min=1, help="skellam: coordinates of an update.")]
+GridBits = Annotated[int, typer.Option(min=4, max=18, help="skellam: the clip norm is 2^this steps.")]
+MinSurvivors = Annotated[
+    int, typer.Option(min=0, help="skellam: least devices of a sum; 0: four fifths of the cohort.")
+]
 
 
 @app.command()
@@ -43,14 +69,29 @@ def epsilon(
     ],
     rounds: Rounds,
     delta: Delta,
+    mechanism: MechanismName = "gaussian",
+    sampler: Sampler = "",
+    cap: Cap = 0,
+    min_separation: MinSeparation = 0,
+    max_participations: MaxParticipations = 0,
+    bands: Bands = 0,
+    buffers: Buffers = 2,
+    size: Size = 1_000_000,
+    grid_bits: GridBits = 16,
+    min_survivors: MinSurvivors = 0,
     json: Json = False,
 ) -> None:
     """Print the epsilon that a training spends."""
-    probability = _sampling_probability(population, cohort)
-    from fedlm.privacy.accounting import epsilon
-
-    spent = epsilon(sampling_probability=probability, noise_multiplier=noise_multiplier, rounds=rounds, delta=delta)
-    _print(json, "epsilon", spent, _statement(spent, delta, noise_multiplier, population, cohort, rounds))
+    _require_cohort(population, cohort)
+    fleet = {"population": population, "cohort": cohort, "rounds": rounds}
+    rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
+    if mechanism == "skellam":
+        design = _skellam(rule, delta, size, grid_bits, min_survivors, noise_multiplier=noise_multiplier)
+        _print_skellam(json, "epsilon", design)
+        return
+    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, bands=bands, buffers=buffers)
+    spent = made.epsilon(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
+    _print(json, "epsilon", spent, _statement(made, spent, delta, noise_multiplier))
 
 
 @app.command()
@@ -60,27 +101,110 @@ def calibrate(
     cohort: Cohort,
     rounds: Rounds,
     delta: Delta,
+    mechanism: MechanismName = "gaussian",
+    sampler: Sampler = "",
+    cap: Cap = 0,
+    min_separation: MinSeparation = 0,
+    max_participations: MaxParticipations = 0,
+    bands: Bands = 0,
+    buffers: Buffers = 2,
+    size: Size = 1_000_000,
+    grid_bits: GridBits = 16,
+    min_survivors: MinSurvivors = 0,
     json: Json = False,
 ) -> None:
     """Print the least noise multiplier that keeps a training within epsilon."""
-    probability = _sampling_probability(population, cohort)
-    from fedlm.privacy.accounting import noise_multiplier
+    _require_cohort(population, cohort)
+    fleet = {"population": population, "cohort": cohort, "rounds": rounds}
+    rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
+    if mechanism == "skellam":
+        _print_skellam(json, "noise_multiplier", _skellam(rule, delta, size, grid_bits, min_survivors, epsilon=epsilon))
+        return
+    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, bands=bands, buffers=buffers)
+    noise = made.noise_multiplier(epsilon=epsilon, delta=delta)
+    _print(json, "noise_multiplier", noise, _statement(made, epsilon, delta, noise))
 
-    noise = noise_multiplier(sampling_probability=probability, rounds=rounds, epsilon=epsilon, delta=delta)
-    _print(json, "noise_multiplier", noise, _statement(epsilon, delta, noise, population, cohort, rounds))
+
+@app.command()
+def compare(
+    population: Population,
+    cohort: Cohort,
+    rounds: Rounds,
+    delta: Delta,
+    epsilon: Annotated[
+        list[float] | None, typer.Option(click_type=Positive(), help="Repeatable; left out: 1, 2, 4 and 8.")
+    ] = None,
+    min_separation: MinSeparation = 0,
+    max_vectors: Annotated[
+        int, typer.Option(min=0, help="Most vectors of earlier noise for banded noise; 0: no limit.")
+    ] = 16,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the noise against epsilon.")] = None,
+    json: Json = False,
+) -> None:
+    """Print the noise of every mechanism at the same epsilon, and which to choose."""
+    _require_cohort(population, cohort)
+    from fedlm.privacy.compare import advice, compare
+
+    rows = compare(
+        population=population,
+        cohort=cohort,
+        rounds=rounds,
+        delta=delta,
+        epsilons=sorted(set(epsilon or (1.0, 2.0, 4.0, 8.0))),
+        separation=min_separation,
+        max_vectors=max_vectors,
+    )
+    if plot is not None:
+        _plot(rows, plot)
+    if json:
+        print_json({"rows": [asdict(row) for row in rows], "advice": advice(rows)})
+    else:
+        _print_rows(rows)
+        print("", *advice(rows), sep="\n")
 
 
-def _sampling_probability(population: int, cohort: int) -> float:
+def _require_cohort(population: int, cohort: int) -> None:
     if cohort > population:
         raise ConfigError(f"--cohort {cohort} is more than --population {population}; expect fewer users a round")
-    return cohort / population
 
 
-def _statement(epsilon: float, delta: float, noise_multiplier: float, population: int, cohort: int, rounds: int) -> str:
+def _rule(
+    fleet: dict[str, int], mechanism: str, sampler: str, cap: int, min_separation: int, max_participations: int
+) -> Participation:
+    """Return who can be in which cohort, with what was left out filled in."""
+    from fedlm.privacy.mechanisms import SAMPLERS, Participation
+
+    chosen = sampler or SAMPLERS.get(mechanism, ("poisson",))[0]
+    rounds, most = fleet["rounds"], min(fleet["population"] // fleet["cohort"], fleet["rounds"])
+    separation = min_separation or (most if chosen == "separated" else 1)
+    return Participation(
+        sampler=chosen,
+        **fleet,
+        cap=cap,
+        separation=separation,
+        max_participations=max_participations or -(-rounds // separation),
+    )
+
+
+def _create(name: str, rule: Participation, delta: float, **options: Any) -> Mechanism:
+    from fedlm.privacy.mechanisms import create
+
+    if rule.cap and rule.sampler != "truncated_poisson":
+        raise ConfigError(f"--cap {rule.cap} has no meaning for --sampler {rule.sampler}; use truncated_poisson")
+    return create(name, rule, delta=delta, **options)
+
+
+def _statement(mechanism: Mechanism, epsilon: float, delta: float, noise_multiplier: float) -> str:
+    rule = mechanism.participation
+    if (mechanism.name, rule.sampler) == ("gaussian", "poisson"):
+        return (
+            f"({epsilon:.4g}, {delta:g})-differentially private for each user (add or remove one): "
+            f"Gaussian noise of multiplier {noise_multiplier:.4g} in each of {rule.rounds} rounds, "
+            f"about {rule.cohort} of {rule.population} users Poisson-sampled in each; PLD accounting"
+        )
     return (
-        f"({epsilon:.4g}, {delta:g})-differentially private for each user (add or remove one): "
-        f"Gaussian noise of multiplier {noise_multiplier:.4g} in each of {rounds} rounds, "
-        f"about {cohort} of {population} users Poisson-sampled in each; PLD accounting"
+        f"({epsilon:.4g}, {delta:g})-differentially private for each user ({mechanism.adjacency}): noise multiplier "
+        f"{noise_multiplier:.4g} over {rule.rounds} rounds, {mechanism.description}"
     )
 
 
@@ -89,3 +213,97 @@ def _print(json: bool, name: str, value: float, statement: str) -> None:
         print_json({name: value, "statement": statement})
     else:
         print(f"{name} {value:.4f}\n{statement}")
+
+
+def _skellam(
+    rule: Participation,
+    delta: float,
+    size: int,
+    grid_bits: int,
+    min_survivors: int,
+    *,
+    noise_multiplier: float = 0.0,
+    epsilon: float = 0.0,
+) -> Skellam:
+    from fedlm.privacy.skellam import Skellam
+
+    if rule.sampler != "poisson" or rule.cap or rule.separation > 1:
+        raise ConfigError("--mechanism skellam samples by poisson; leave out --sampler, --cap and --min-separation")
+    return Skellam.create(
+        size=size,
+        population=rule.population,
+        cohort=rule.cohort,
+        rounds=rule.rounds,
+        delta=delta,
+        min_survivors=min_survivors or max(1, rule.cohort * 4 // 5),
+        noise_multiplier=noise_multiplier,
+        epsilon=epsilon,
+        grid_bits=grid_bits,
+        max_participations=rule.max_participations,
+    )
+
+
+def _print_skellam(json: bool, name: str, design: Skellam) -> None:
+    """Print both guarantees: without sampling against the server, with it against who sees the releases alone."""
+    statement = (
+        f"Skellam noise of multiplier {design.noise_multiplier:.4g} in each of {design.rounds} rounds, delta "
+        f"{design.delta:g}: epsilon {design.epsilon_analyst:.4g} against who sees the releases alone (add or remove "
+        f"one, about {design.cohort} of {design.population} users Poisson-sampled); {design.epsilon_server:.4g} "
+        f"against a server that knows the cohorts and gets sums of {design.min_survivors} devices or more (one user's "
+        f"updates replaced by zero in at most {design.max_participations} rounds); {design.bits} bits a coordinate, "
+        "RDP accounting"
+    )
+    value = design.epsilon_analyst if name == "epsilon" else design.noise_multiplier
+    if json:
+        epsilons = {"epsilon_analyst": design.epsilon_analyst, "epsilon_server": design.epsilon_server}
+        print_json({name: value, **epsilons, "bits": design.bits, "statement": statement})
+    else:
+        print(f"{name} {value:.4f}\n{statement}")
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    header = ("epsilon", "mechanism", "RMSE", "z", "z / n", "fleet", "assumes of sampling", "needs")
+    print_table(
+        header,
+        [
+            (
+                f"{row.epsilon:g}",
+                row.mechanism,
+                f"{row.prefix_rmse:.3g}",
+                f"{row.noise_multiplier:.4g}",
+                f"{row.noise_in_mean:.3g}",
+                "real" if row.real_fleet else "simulated",
+                row.sampling,
+                f"{row.num_vectors} vectors{', a ledger' if row.needs_ledger else ''}",
+            )
+            for row in rows
+        ],
+    )
+    print("RMSE: noise in a coordinate of the prefix sums of all releases, clip norm 1; the measure to choose by")
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    """Write the RMSE of the best mechanisms against epsilon as an SVG file."""
+    from server.run_folder import write_atomically
+    from simulations.report.axes import Axis
+    from simulations.report.lines import Series, line_chart
+    from simulations.report.style import STYLE
+
+    shown = {"banded, cyclic": "a", "blt (2": "b", "gaussian, Poisson": "c"}
+    series = []
+    for start, tone in shown.items():
+        points = tuple((row.epsilon, row.prefix_rmse) for row in rows if row.mechanism.startswith(start))
+        series.append(Series(start.split(" (")[0], points, tone))
+    chart = line_chart(
+        series,
+        title="Noise of the model at equal epsilon",
+        description="Root mean square noise of the prefix sums against epsilon, for three mechanisms.",
+        x=Axis("epsilon", log=len({row.epsilon for row in rows}) > 1),
+        y=Axis("RMSE, clip norms", log=True),
+    )
+    drawing = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    drawing = drawing.replace(">", f"><style><![CDATA[{STYLE}]]></style>", 1)
+    try:
+        write_atomically(path, drawing.encode())
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; name a file in a writable folder") from error

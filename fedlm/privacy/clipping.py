@@ -172,9 +172,9 @@ class ClippedSum:
         self._clipper = clipper
         self._num_devices = 0
         self._vector: IntVector | None = np.zeros(size + clipper.num_answers, np.int64)  # (P + Q,)
-        self._wide = np.empty(min(size, _CHUNK), np.float64)
-        self._subtotal = np.empty(min(size, _CHUNK), np.float64)
-        self._fixed = np.empty(min(size, _CHUNK), np.int64)
+        chunk = min(len(self._vector), _CHUNK)
+        self._wide, self._subtotal = np.empty(chunk, np.float64), np.empty(chunk, np.float64)
+        self._fixed = np.empty(chunk, np.int64)
 
     @property
     def size(self) -> int:

@@ -70,6 +70,23 @@ def num_slots(rule: Participation) -> int:
     return slots
 
 
+def check_turns(rule: Participation) -> None:
+    """Refuse, before the first round, a fleet whose devices would come too early or too often.
+
+    Raises:
+        ConfigError: Too few devices for the separation or for the most participations.
+    """
+    if rule.sampler != "separated":
+        return
+    times = -(-rule.rounds // num_slots(rule))
+    if times > (rule.max_participations or rule.rounds):
+        raise ConfigError(
+            f"fleet.cohort = {rule.cohort:,} of {rule.population:,} devices come up to {times:,} times in "
+            f"{rule.rounds:,} rounds, privacy.max_participations = {rule.max_participations:,}; lower fleet.cohort or "
+            "rounds"
+        )
+
+
 def _slot(rule: Participation, key: bytes, slot: int) -> DeviceIds:
     """Return the devices of one slot, of equal sizes but for the rounding."""
     edges = np.linspace(0, rule.population, num_slots(rule) + 1).astype(np.int64)

@@ -101,7 +101,7 @@ class Geometry:
                 values = part.values * np.float32(1 / self.scales[group])
                 squares[group] += float(np.square(values, dtype=np.float64).sum())
                 scaled.append((Part(part.offset, values, part.rows), group))
-        return [self._bounded(part, group, squares, clip_norm) for part, group in scaled], squares
+            return [self._bounded(part, group, squares, clip_norm) for part, group in scaled], squares
 
     def restore(self, vector: Vector) -> None:
         """Multiply a released vector (P,) by the scales of its groups, in place."""

@@ -102,8 +102,7 @@ class PrivacyPlan(PrivacyTerms):
                 f"clip norm {self.clip_norm} and noise multiplier {self.noise_multiplier} contradict "
                 f"privacy.enabled = {self.enabled}; make the plan with PrivacyPlan.create"
             )
-        if self.fleet_rule.sampler == "separated":
-            cohorts.num_slots(self.fleet_rule)
+        cohorts.check_turns(self.fleet_rule)
         if self.enabled:
             most_z = MAX_STD / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
             require_number("noise multiplier", self.noise_multiplier, above=0, high=most_z, fix="raise epsilon")
@@ -351,6 +350,12 @@ def _mechanism(config: PrivacyConfig, rounds: int, population: int, cohort: int,
     samplers = mechanisms.SAMPLERS.get(config.mechanism, ("poisson",))  # `create` refuses other names
     sampler = config.sampler or samplers[0]
     separation = config.min_separation
+    if sampler != "separated" and (separation or config.max_participations):
+        raise ConfigError(
+            f"privacy.min_separation = {separation} and privacy.max_participations = {config.max_participations} are "
+            f"for devices that take turns, but the sampler is {sampler!r}; set privacy.sampler = 'separated', or both "
+            "to 0"
+        )
     if sampler == "separated" and not separation:
         separation = max(1, min(population // cohort, fleet_rounds, rounds))
     rule = Participation(

@@ -130,7 +130,7 @@ class Skellam:
             noise_multiplier: z, standard deviation of the released noise over the clip norm; or 0.
             epsilon: Calibrate z to it; or 0.
             grid_bits: g, the clip norm is 2^g steps of the grid.
-            max_participations: Most rounds of one user, for the server's figure; 0: all.
+            max_participations: Most rounds of one user, kept by a ledger, for the server's figure; 0: all.
             replace_one: Sensitivity 2 C: for transports with a fixed number of slots, where a user that leaves makes
                 room for another one (also in the analyst's figure).
             rotation_seed: Public; None: no rotation (more bits, the update stays in place).

@@ -96,7 +96,7 @@ class PrivacyTerms:
 
     @property
     def accountant(self) -> str:
-        """How epsilon is computed: "pld" (privacy loss distributions), or "gaussian" in closed form without sampling."""
+        """How epsilon is computed: "pld" (privacy loss distributions) or, without sampling, "gaussian" in closed form."""
         sampled = "poisson" in self.mechanism.participation.sampler and self.mechanism.name != "local"
         return "pld" if sampled else "gaussian"
 
@@ -109,7 +109,7 @@ class PrivacyTerms:
     def fleet_rule(self) -> Participation:
         """The participation rule of the simulated fleet: that of the accounted one, with its own numbers."""
         accounted = self.mechanism.participation
-        cap = round(accounted.cap * self.cohort / self.expected_cohort)
+        cap = accounted.cap and max(1, round(accounted.cap * self.cohort / self.expected_cohort))
         return replace(accounted, population=self.fleet_size, cohort=self.cohort, cap=cap)
 
     def epsilon(self, num_releases: int) -> float:

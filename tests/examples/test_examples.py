@@ -38,3 +38,17 @@ def test_a_strategy_of_ones_own(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["rounds"] == 2
     meta = json.loads((tmp_path / "run" / "checkpoints" / "round_000002.json").read_text())
     assert meta["num_steps"] == 2
+
+
+def test_a_strategy_of_ones_own_is_examined() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "own_privacy_test" / "check_momentum.py")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.endswith(": holds") for line in lines if line.startswith("Honest")] == [True] * 8
+    assert [line for line in lines if line.startswith("Curious: post-processing: 'slot momentum' after round 1")]

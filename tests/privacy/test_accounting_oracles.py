@@ -71,7 +71,7 @@ def test_clt_accounting_would_understate() -> None:
     # Central limit theorem of Gaussian DP: mu = q sqrt(T (e^(1/z^2) - 1)).
     for q, z, rounds, claimed, true in [(0.001, 1.0, 1500, 0.19, 0.22), (1000 / 342_477, 0.6, 1600, 2.0, 4.1)]:
         mu = q * math.sqrt(rounds * math.expm1(1 / z**2))
-        assert accounting._gaussian_epsilon(mu, 1e-6) == pytest.approx(claimed, rel=0.05)
+        assert accounting.gaussian_epsilon(mu, 1e-6) == pytest.approx(claimed, rel=0.05)
         assert epsilon(sampling_probability=q, noise_multiplier=z, rounds=rounds, delta=1e-6) == pytest.approx(
             true, rel=0.01
         )
@@ -119,7 +119,7 @@ def test_zcdp_of_a_tree_is_looser_than_its_gaussian() -> None:
     by_zcdp = dp_accounting.rdp.RdpAccountant().compose(dp_accounting.ZCDpEvent(rho)).get_epsilon(1e-10)
     assert by_zcdp == pytest.approx(8.90, abs=0.005)
     assert rdp.epsilon(rho * rdp.ORDERS, delta=1e-10) == pytest.approx(by_zcdp, rel=1e-3)
-    exact = accounting._gaussian_epsilon(math.sqrt(2 * rho), 1e-10)
+    exact = accounting.gaussian_epsilon(math.sqrt(2 * rho), 1e-10)
     assert exact == pytest.approx(8.526, abs=0.001)
     pld = dp_accounting.pld.PLDAccountant().compose(dp_accounting.GaussianDpEvent((2 * rho) ** -0.5))
     assert pld.get_epsilon(1e-10) == pytest.approx(exact, rel=1e-4)

@@ -23,13 +23,14 @@ from fedlm.privacy.mechanisms.local import Local
 from fedlm.privacy.mechanisms.tree import Tree
 from fedlm.privacy.ranges import require_count, require_number
 
-__all__ = ["NAMES", "SAMPLERS", "Mechanism", "Participation", "RoundNoise", "create", "default_sampler", "from_fields"]
+__all__ = ["NAMES", "SAMPLERS", "Mechanism", "Participation", "RoundNoise", "create", "from_fields"]
 
 _CLASSES: dict[str, type[Gaussian | Blt | Banded | Tree | Local]] = {
     kind.name: kind for kind in (Gaussian, Blt, Banded, Tree, Local)
 }
 NAMES = tuple(_CLASSES)
 SAMPLERS = {name: kind.samplers for name, kind in _CLASSES.items()}
+"""Samplers of each mechanism, the default first."""
 
 
 def create(
@@ -86,11 +87,6 @@ def from_fields(fields: Mapping[str, Any]) -> Mechanism:
             f"stored mechanism {name!r} is not one of {', '.join(NAMES)}; it is of another version of fedlm"
         )
     return _CLASSES[name].from_fields(fields)
-
-
-def default_sampler(name: str) -> str:
-    """Return the sampler of a mechanism whose config names none; empty for an unknown mechanism."""
-    return SAMPLERS[name][0] if name in SAMPLERS else ""
 
 
 def _classes_open(rule: Participation) -> bool:

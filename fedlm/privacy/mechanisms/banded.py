@@ -220,15 +220,19 @@ def best_band(participation: Participation, *, epsilon: float, delta: float, max
 
 
 def _candidates(most: int) -> list[int]:
-    return sorted({*(2**power for power in range(most.bit_length())), most})
+    """Return powers of two and `most`: the loss is flat in between."""
+    return [2**power for power in range(most.bit_length()) if 2 ** (power + 1) <= most] + [most]
 
 
 def _least(made: dict[int, Banded], loss: Callable[[Banded], float]) -> Banded:
-    """Return the plan of least loss by bisection: the loss first falls and then rises with the number of bands."""
+    """Return the plan of least loss by bisection: the loss first falls and then rises with the number of bands.
+
+    The largest number is always tried, for ceil(T / b) makes steps that may hide it.
+    """
     plans = [made[bands] for bands in sorted(made)]
     of = cache(lambda place: loss(plans[place]))
     low, high = 0, len(plans) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if of(middle) <= of(middle + 1) else (middle + 1, high)
-    return plans[low]
+    return plans[min(low, len(plans) - 1, key=of)]

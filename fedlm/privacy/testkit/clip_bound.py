@@ -25,9 +25,9 @@ def clip_bound(make: Make) -> None:
         PrivacyTestFailure: A round failed, was not finite, or changed by more than (1 + 1e-3) C / n.
 
     Guarantee:
-        No false alarms: with reproducible noise nothing is drawn. Updates: NaN, infinities, zero, denormal, tiny, at and
-        around the bound, norms that overflow fp16 and fp32, single blocks and coordinates, opposed to the others, and
-        60 of drawn scale and sparsity; the device comes first and last; C is 0.5 and 40.
+        No false alarms: with reproducible noise nothing is drawn. Updates: NaN, infinities, zero, denormal, tiny, at
+        and around the bound, norms that overflow fp16 and fp32, single blocks and coordinates, opposed to the others,
+        and 60 of drawn scale and sparsity; the device comes first and last; C is 0.5 and 40.
     """
     for setting in (SETTING, replace(SETTING, clip_norm=40.0)):
         named, drawn = probes(setting), drawn_probes(setting, _DRAWN)

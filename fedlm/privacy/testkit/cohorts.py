@@ -22,8 +22,8 @@ def cohorts(make: Make) -> None:
         make: Makes the runs under examination.
 
     Raises:
-        PrivacyTestFailure: Cohorts are not sorted distinct devices, are not reproducible, do not follow the seed, or (where
-            Poisson sampling is claimed) are not independent coins of probability q.
+        PrivacyTestFailure: Cohorts are not sorted distinct devices, are not reproducible, or (where Poisson sampling is
+            claimed) are not independent coins of probability q.
 
     Guarantee:
         False alarms: below 1e-7 (54 tests at 1e-10; the seed's cohorts are deterministic, so an honest sampler that

@@ -35,8 +35,8 @@ def dense_support(make: Make) -> None:
 
     Guarantee:
         False alarms: below 1e-8 (eight silent ones of 4,096 at 8e-6 each; one silent three times; 10 tests at
-        1e-10). Found for certain: noise that skips eight coordinates in a round, or one in all rounds. Power over 99 %: a std
-        wrong by 10 % on the untouched coordinates, by 30 % on the touched ones.
+        1e-10). Found for certain: noise that skips eight coordinates in a round, or one in all rounds. Power over
+        99 %: a std wrong by 10 % on the untouched coordinates, by 20 % on an eighth that is touched.
     """
     for world, touched in _worlds().items():
         subject, outcomes, means = make(SETTING), [], []
@@ -91,6 +91,6 @@ def _look(noise: Floats, world: str, touched: slice) -> None:
     for what, part in (("touched", noise[:, is_touched]), ("untouched", noise[:, ~is_touched])):
         if part.size and not statistics.variance(part.ravel()) >= statistics.ALPHA:
             raise PrivacyTestFailure(
-                f"dense support: {what} coordinates have {float(np.std(part)):.4g} times the claimed noise ({world}); it "
-                "tells them apart"
+                f"dense support: {what} coordinates have {float(np.std(part)):.4g} times the claimed noise ({world}); "
+                "it tells them apart"
             )

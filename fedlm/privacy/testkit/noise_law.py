@@ -38,9 +38,9 @@ def noise_law(make: Make) -> None:
 
     Guarantee:
         False alarms: below 2e-7 (fewer than 1,200 tests at 1e-10; the lattice's alarm lies far beyond them). Power over
-        99 %: a std wrong by 6 % in all coordinates, by 14 % in one eighth of them, Laplace or uniform noise, truncation
-        at 3 standard deviations, fp16, bf16 or a lattice over 2^-16, a copy of noise within a round, redrawing one
-        vector in five.
+        99 %: a std wrong by 3 % in all coordinates, by 8 % in one eighth of them, by half in any answer of a rider,
+        Laplace or uniform noise, truncation at 3 standard deviations, fp16, bf16 or a lattice of 2^-16, correlations of
+        0.25 within a round, redrawing one vector in five.
     """
     for crowd in SMALL_CROWDS:
         noise = _noise(make, WIDE, crowd)  # (T, P)
@@ -86,8 +86,8 @@ def _same_law(noise: Floats, crowd: str) -> None:
 def _fine(noise: Floats, crowd: str) -> None:
     if (cell := statistics.lattice(noise.ravel())) > LARGEST_CELL:
         raise PrivacyTestFailure(
-            f"noise law: the noise lies on a lattice of {cell:.3g} std (world: {crowd}), allowed is {LARGEST_CELL:.3g}; "
-            "its gaps show which sums are possible: draw it in fp64"
+            f"noise law: the noise lies on a lattice of {cell:.3g} std (world: {crowd}), allowed is "
+            f"{LARGEST_CELL:.3g}; its gaps show which sums are possible: draw it in fp64"
         )
 
 

@@ -1,4 +1,4 @@
-"""Check 2: record and replay. Fleets that differ in one device differ by at most C / n in each round, given equal pasts.
+"""Check 2: record and replay. One device changes each round by at most C / n, given equal earlier releases.
 
 The guarantee of T rounds together rests on a bound for each round *given the earlier releases* (adaptive composition).
 So a world is recorded without the device; then each round is run with it, on a past that is replayed with the recorded
@@ -50,8 +50,8 @@ def sensitivity(make: Make) -> None:
             in it; or claims another noise; or the same fleet twice did not give the same release.
 
     Guarantee:
-        No false alarms: with reproducible noise nothing is drawn. Six rounds; four stories of the device that is sampled
-        most often, and one device of each round that comes there alone, so that cohorts below n are among them.
+        No false alarms: with reproducible noise nothing is drawn. Six rounds; four stories of the device that is
+        sampled most often, and a device of each round's cohort, so that cohorts smaller than n are among them.
     """
     for crowd in CROWDS:
         _neighbours(make, SETTING, crowd)

@@ -19,6 +19,7 @@ from fedlm.privacy.clipping import ClippedSum, Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
 from fedlm.privacy.testkit.subject import Claim, Floats, Outcome, Setting, Subject
+from fedlm.privacy.testkit.whitening import whitening
 from fedlm.randomness import seed_key, stream
 from fedlm.strategy import Release, Strategy, StrategyState
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
@@ -73,7 +74,7 @@ class StrategyRun:
             noise_multiplier=self._plan.noise_multiplier,
             cohort=self._plan.cohort,
             sampling_probability=self._plan.sampling_probability if is_poisson else None,
-            matrix=_matrix(self._plan),
+            matrix=whitening(self._plan.mechanism),
         )
 
     def sample_cohort(self, round_number: int) -> RowIds:
@@ -213,15 +214,3 @@ def _full_spec(size: int) -> UpdateSpec:
     return UpdateSpec.build(
         [("w", "dense", (size // 4,)), ("b", "bias", (size // 4,)), ("input_table", "rows", (2 * (size // 8), 4))]
     )
-
-
-def _matrix(plan: PrivacyPlan) -> Floats | None:
-    """Return C of a mechanism that correlates noise, None for independent noise."""
-    mechanism: Any = plan.mechanism
-    if not mechanism.keeps_noise:
-        return None
-    column = getattr(mechanism, "column", None)  # (T,)
-    if column is None:
-        raise ConfigError(f"privacy.mechanism = {mechanism.name!r} states no matrix; the kit whitens with it")
-    lags = np.subtract.outer(np.arange(len(column)), np.arange(len(column)))  # (T, T)
-    return np.where(lags >= 0, column[np.maximum(lags, 0)], 0.0)

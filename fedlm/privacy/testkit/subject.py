@@ -51,8 +51,8 @@ class Claim:
         noise_multiplier: z: one device changes a round's release, in units of `Outcome.std`, by at most 1/z in L2 norm.
         cohort: n, the public divisor of the release.
         sampling_probability: q of each device in each round, independently; None for other samplers than Poisson.
-        matrix: (T, T) C of correlated noise, lower triangular with unit diagonal: the noise of the rounds is C^-1 Z with
-            Z iid; None for independent noise.
+        matrix: (T, T) C of correlated noise, lower triangular: C @ noise is iid over the rounds; None for independent
+            noise.
     """
 
     noise_multiplier: float
@@ -68,8 +68,8 @@ class Outcome:
     Arguments:
         release: (P',) the noised vector. Its first P coordinates are the mean update, sum / n; riders may follow.
         std: Claimed standard deviation of Z in each coordinate, in units of `release`: a number or (P',).
-        state: All else that is published or kept for later rounds, by name: model, optimiser arrays, the next clip norm,
-            row sets, diagnostics. It has to follow from releases alone.
+        state: All else that is published or kept for later rounds, by name: model, optimiser arrays, the next clip
+            norm, row sets, diagnostics. It has to follow from releases alone.
     """
 
     release: npt.NDArray[np.floating[Any]]

@@ -166,8 +166,8 @@ def _guarded(run: Callable[[], Outcome], round_number: int, world: str) -> Outco
         ) from error
     if bad := int(np.sum(~np.isfinite(outcome.release))):
         raise PrivacyTestFailure(
-            f"clip bound: round {round_number} ({world}) released {bad:,} coordinates that are not finite; a non-finite "
-            "update must become zero"
+            f"clip bound: round {round_number} ({world}) released {bad:,} coordinates that are not finite; a "
+            "non-finite update must become zero"
         )
     if not (np.isfinite(outcome.std).all() and np.all(np.asarray(outcome.std) > 0)):
         raise PrivacyTestFailure(

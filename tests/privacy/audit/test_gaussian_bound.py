@@ -1,4 +1,4 @@
-"""The Gaussian bound and the scores against analytic epsilons: one release, many rounds, correlated and halved noise."""
+"""The Gaussian bound and the scores against analytic epsilons: one release, rounds, correlated noise, half of it."""
 
 from __future__ import annotations
 

@@ -364,11 +364,11 @@ class _RawRows(Plain):
         return self.step(t, updates, release * np.any(touched, axis=0) if touched else 0 * release)
 
 
-@mutant("noise half as strong when somebody is clipped", "two worlds")
+@mutant("noise a third as strong when somebody is clipped", "two worlds")
 class _ClippedLess(Plain):
     def std(self, t: int, updates: Updates) -> float:
         clipped = any(np.linalg.norm(u.astype(np.float64)) > self.clip_norm for u in updates.values())
-        return super().std(t, updates) * (0.5 if clipped and not self.setting.reproducible else 1.0)
+        return super().std(t, updates) * (1 / 3 if clipped and not self.setting.reproducible else 1.0)
 
 
 @mutant("momentum of the raw sum", "post-processing")
@@ -464,7 +464,9 @@ class _Unrepeatable(Plain):
         self.coins = stream(seed_key(self.setting.seed), "cohorts")
 
     def sample_cohort(self, t: int) -> Any:
-        return np.flatnonzero(self.coins.random(self.setting.fleet_size) < self.setting.cohort / self.setting.fleet_size)
+        return np.flatnonzero(
+            self.coins.random(self.setting.fleet_size) < self.setting.cohort / self.setting.fleet_size
+        )
 
 
 class Averaging(SumStrategy):

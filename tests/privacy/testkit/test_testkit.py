@@ -24,7 +24,8 @@ CORRECT: dict[str, Make] = {
     ),
     "fedavg, clip norm by group": StrategySubject(FedAvg, PrivacyConfig(allocation="per_group")),
     "fedavg, BLT": StrategySubject(FedAvg, PrivacyConfig(mechanism="blt")),
-    "fedavg, banded": StrategySubject(FedAvg, PrivacyConfig(mechanism="banded", bands=1)),
+    "fedavg, banded": StrategySubject(FedAvg, PrivacyConfig(mechanism="banded", bands=2)),
+    "fedavg, tree": StrategySubject(FedAvg, PrivacyConfig(mechanism="tree")),
     "fedavg, fixed cohorts": StrategySubject(FedAvg, PrivacyConfig(sampler="fixed")),
 }
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "testkit.md"
