@@ -41,6 +41,7 @@ from fedlm.trainable.spec import UpdateSpec, Vector
 
 _TOKEN = object()
 _CHUNK = 65_536
+_LARGEST_GAIN = 64  # of correlated noise over its largest draw: the L1 norm of a row of C^-1, about 2 for all built in
 _NO_DEVICES = "the corpus needs at least one training user"
 
 
@@ -104,7 +105,8 @@ class PrivacyPlan(PrivacyTerms):
             )
         cohorts.check_turns(self.fleet_rule)
         if self.enabled:
-            most_z = MAX_STD / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
+            largest = MAX_STD / _LARGEST_GAIN if self.mechanism.keeps_noise else MAX_STD
+            most_z = largest / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
             require_number("noise multiplier", self.noise_multiplier, above=0, high=most_z, fix="raise epsilon")
         if self.enabled and self.mechanism.keeps_noise and self.adaptation.changes_coordinates:
             raise ConfigError(
@@ -375,6 +377,7 @@ def _mechanism(config: PrivacyConfig, rounds: int, population: int, cohort: int,
         noise_multiplier=config.noise_multiplier,
         bands=config.bands,
         buffers=config.buffers,
+        max_bands=fleet_rounds,
     )
 
 

@@ -96,7 +96,7 @@ class PrivacyTerms:
 
     @property
     def accountant(self) -> str:
-        """How epsilon is computed: "pld" (privacy loss distributions) or, without sampling, "gaussian" in closed form."""
+        """What computes epsilon: "pld" (privacy loss distributions) or, without sampling, "gaussian" in closed form."""
         sampled = "poisson" in self.mechanism.participation.sampler and self.mechanism.name != "local"
         return "pld" if sampled else "gaussian"
 
