@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -14,19 +15,21 @@ from fedlm.config.load import config_from_toml, config_to_toml
 from fedlm.config.schema import Config, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment, is_pretrained, starts_from_base
+from fedlm.planning.forecast import round_spec, structure
 from fedlm.plugins import load_object
+from fedlm.privacy.allocation import groups_of
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.strategy import Strategy
 from fedlm.trainable.adapters import save_adapter
-from fedlm.trainable.build import Trainable
+from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.training.base import base_folder, has_base
 from fedlm.training.group import why_not_grouped
 from fedlm.training.pretrain import pretrain
 from server.engine import Engine, Listener
-from server.public_moments import public_moments
+from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.strategies import BUILT_IN
-from server.turnout import EveryDevice, Fleet
+from server.turnout import EveryDevice, Fleet, RoundTask, Turnout
 
 FleetMaker = Callable[[Experiment, Trainable], Fleet]
 app = ServerApp()
@@ -73,16 +76,17 @@ def main(grid: Grid, context: Context) -> None:
         _surroundings.listener({"event": "note", "text": f"devices train one by one: {reason}"})
     if not resumes:
         folder = new_folder(out, experiment, trainable)
+    plan = PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed)
     engine = Engine(
         grid,
         experiment,
-        plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed),
+        plan=plan,
         strategy=strategy_of(config.strategy),
         spec=trainable.spec,
         values=trainable.initial_values(),
         folder=folder,
         listener=_surroundings.listener,
-        fleet=fleet,
+        fleet=EncodedUploads(fleet, plan),
     )
     if resumes:
         engine.resume()
@@ -100,8 +104,8 @@ def default_run_path() -> Path:
     return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
 
 
-def plan_of(experiment: Experiment, moments: Mapping[str, float] | None = None) -> PrivacyPlan:
-    """Return the privacy plan of an experiment; `moments` are those of `server.public_moments`, where they are needed.
+def plan_of(experiment: Experiment, public: PublicMoments | None = None) -> PrivacyPlan:
+    """Return the privacy plan of an experiment; `public` is what `server.public_moments` found.
 
     Over-selection samples a larger cohort, so the plan's cohorts, simulated and accounted, are the larger ones, and so
     is the divisor.
@@ -115,8 +119,57 @@ def plan_of(experiment: Experiment, moments: Mapping[str, float] | None = None) 
         seed=config.seed,
         rows=config.trainable.embedding_rows if config.trainable.embedding_rows.count else None,
         vocabulary_size=experiment.vocabulary.size,
-        moments=moments,
+        moments=public.moments if public else None,
+        importance=public.importance if public else None,
+        size=_most_coordinates(experiment) if config.privacy.mechanism == "skellam" else 0,
     )
+
+
+def _most_coordinates(experiment: Experiment) -> int:
+    """Return an upper bound on what a round's device sends, answers to every query included."""
+    config, frequencies = experiment.config, experiment.vocabulary.frequencies
+    spec = round_spec(config, build_trainable(structure(experiment), config).spec, frequencies)
+    words = frequencies.size if config.trainable.embedding_rows.sampler == "dp_adafest" else 0
+    metrics = len(config.privacy.metrics) + 1
+    return spec.size + words + len(groups_of(spec)) + metrics + 1  # 1: the clip bit
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTask(RoundTask):
+    """A round whose devices send encodings.
+
+    Arguments:
+        encoded_bytes: Of a device.
+    """
+
+    encoded_bytes: int = 0
+
+    @property
+    def bytes_up(self) -> int:
+        """What a device uploads."""
+        return self.encoded_bytes
+
+
+@dataclass(frozen=True)
+class EncodedUploads:
+    """A fleet whose uploads are as long as the plan's encodings, where it has any: the ledger's and the clock's figure.
+
+    Arguments:
+        fleet: Decides who takes part.
+        plan: Says how updates are encoded.
+    """
+
+    fleet: Fleet
+    plan: PrivacyPlan
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the fleet says of itself."""
+        return self.fleet.describe()
+
+    def turnout(self, task: RoundTask) -> Turnout:
+        """Return what becomes of each device."""
+        encoder = self.plan.encoder(task.spec.size + task.num_answers)
+        return self.fleet.turnout(EncodedTask(**vars(task), encoded_bytes=encoder.num_bytes) if encoder else task)
 
 
 def _fleet_of(experiment: Experiment, trainable: Trainable) -> Fleet:

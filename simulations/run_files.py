@@ -1,4 +1,5 @@
-"""Reading a run folder: `config.toml`, `metrics.jsonl` (a line a round) and `ledger.jsonl` (a line an event).
+"""Reading a run folder: `config.toml`, `metrics.jsonl` (a line a round) and `ledger.jsonl` (a line an event); where
+there are any also `plan.json`, `audit.json` of an audit and `compare.json` of `fedlm privacy compare --run`.
 
 A process that is killed while it writes leaves a torn last line (no line end); readers drop that one line.
 Anything else that cannot be read is an error that names the file and the line.
@@ -18,6 +19,7 @@ from typing import Any
 from fedlm.errors import DataError
 
 Record = Mapping[str, Any]
+COMPARISON = "compare.json"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class RunRecord:
         config_text: `config.toml` as written.
         metrics: One record a round; round 0 is the base before training.
         ledger: Every event, the first `start` among them.
+        plan_text: `plan.json` as written; empty without one.
+        audit: What an audit found; None without one.
+        comparison: The mechanisms compared for this run; None before that.
     """
 
     path: Path
     config_text: str
     metrics: tuple[Record, ...]
     ledger: tuple[Record, ...]
+    plan_text: str = ""
+    audit: Record | None = None
+    comparison: Record | None = None
 
     @property
     def start(self) -> Record:
@@ -56,6 +64,12 @@ class RunRecord:
         """`finished` or `interrupted`; `unfinished` when the run still goes on or was killed."""
         marks = [event for event in self.ledger if event.get("event") in {"start", "resume", "end"}]
         return str(marks[-1].get("status", "unfinished"))
+
+    @property
+    def realised(self) -> Record:
+        """The last `end` event, if it is of the last round: what the participation ledger saw until then."""
+        ends = self.events("end")
+        return ends[-1] if ends and ends[-1].get("round") == self.metrics[-1]["round"] else {}
 
     @property
     def trained_rounds(self) -> tuple[Record, ...]:
@@ -95,6 +109,9 @@ def read_run(run: Path) -> RunRecord:
         config_text=_read(run, "config.toml").decode("utf-8", errors="replace"),
         metrics=_read_lines(run, "metrics.jsonl"),
         ledger=_read_lines(run, "ledger.jsonl"),
+        plan_text=_read(run, "plan.json").decode("utf-8", errors="replace") if (run / "plan.json").exists() else "",
+        audit=_read_object(run / "audit.json"),
+        comparison=_read_object(run / COMPARISON),
     )
     if not record.events("start"):
         raise _not_a_run(run, "ledger.jsonl has no 'start' event")
@@ -119,6 +136,19 @@ def _read(run: Path, name: str) -> bytes:
         return (run / name).read_bytes()
     except OSError as error:
         raise _not_a_run(run, f"{name}: {error.strerror}") from error
+
+
+def _read_object(path: Path) -> Record | None:
+    """Return the JSON object of a file that need not be there."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it or delete it") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object; restore it or delete it")
+    return found
 
 
 def _read_lines(run: Path, name: str) -> tuple[Record, ...]:

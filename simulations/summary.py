@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 
 from simulations.run_files import RunRecord, number, read_run
 
+_COUNTED = {"separated", "cyclic_poisson"}
+"""Samplers whose guarantee needs participations to be counted."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run in seventeen figures; None where a run did not measure one, and an infinite epsilon is None too.
+    """One run in figures; None where a run did not measure one, and an infinite epsilon is None too.
 
     Arguments:
         run_dir: The run folder.
@@ -20,8 +24,11 @@ class RunSummary:
         perplexity_initial: Of the base, before the first round.
         perplexity: At the last evaluation.
         bits_per_byte: At the last evaluation.
-        epsilon: Spent so far at `delta`; None is no finite epsilon.
+        epsilon: Spent so far at `delta`, as planned; None is no finite epsilon.
+        epsilon_realised: The same for the participation that the ledger saw; None while a run goes on.
         delta: Of the privacy statement.
+        mechanism: How the noise of the rounds is made; empty without privacy.
+        sampler: How cohorts are drawn; likewise.
         privacy_statement: The whole claim in words.
         bytes_up_per_device: What one device sends in one round, the mean over all that sent anything.
         bytes_down_per_device: What one device receives in one round, likewise.
@@ -40,7 +47,10 @@ class RunSummary:
     perplexity: float | None
     bits_per_byte: float | None
     epsilon: float | None
+    epsilon_realised: float | None
     delta: float | None
+    mechanism: str
+    sampler: str
     privacy_statement: str
     bytes_up_per_device: int
     bytes_down_per_device: int
@@ -50,6 +60,13 @@ class RunSummary:
     devices_sampled: int
     lost_by_cause: dict[str, int]
     virtual_hours: float | None
+
+    @property
+    def shows_realised(self) -> bool:
+        """Whether what the ledger saw belongs beside the plan: they differ, or the plan rests on the ledger."""
+        if self.epsilon is None or self.epsilon_realised is None:
+            return False
+        return self.sampler in _COUNTED or not isclose(self.epsilon, self.epsilon_realised, rel_tol=1e-6)
 
 
 def summarise(run: Path) -> RunSummary:
@@ -79,7 +96,10 @@ def summarise_record(record: RunRecord) -> RunSummary:
         perplexity=_last(record, "perplexity"),
         bits_per_byte=_last(record, "bits_per_byte"),
         epsilon=number(record.metrics[-1], "epsilon"),
+        epsilon_realised=number(record.realised, "epsilon_realised"),
         delta=number(record.privacy, "delta"),
+        mechanism=_privately(record, "mechanism"),
+        sampler=_privately(record, "sampler"),
         privacy_statement=str(record.privacy.get("statement") or ""),
         bytes_up_per_device=round(_total(record, "bytes_up") / max(_total(record, "uploaded"), 1)),
         bytes_down_per_device=round(_total(record, "bytes_down") / max(_total(record, "downloaded"), 1)),
@@ -98,6 +118,10 @@ def lost_by_cause(record: RunRecord) -> dict[str, int]:
     for event in record.events("round"):
         lost.update({str(cause): int(count) for cause, count in (event.get("failed") or {}).items()})
     return dict(lost.most_common())
+
+
+def _privately(record: RunRecord, key: str) -> str:
+    return str(record.privacy.get(key) or "") if record.privacy.get("enabled") else ""
 
 
 def _total(record: RunRecord, key: str) -> float:

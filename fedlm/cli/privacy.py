@@ -14,7 +14,7 @@ from fedlm.cli.output import print_json, print_table
 from fedlm.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fedlm.privacy.compare import Row
     from fedlm.privacy.mechanisms import Mechanism, Participation
@@ -55,9 +55,7 @@ Bands = Annotated[int, typer.Option(min=0, help="banded: bands of the matrix; 0:
 Buffers = Annotated[int, typer.Option(min=1, max=4, help="blt: buffers.")]
 Size = Annotated[int, typer.Option(min=1, help="skellam: coordinates of an update.")]
 GridBits = Annotated[int, typer.Option(min=4, max=18, help="skellam: the clip norm is 2^this steps.")]
-MinSurvivors = Annotated[
-    int, typer.Option(min=0, help="skellam: least devices of a sum; 0: four fifths of the cohort.")
-]
+MinSurvivors = Annotated[int, typer.Option(min=0, help="skellam: least devices of a sum; 0: a third of the cohort.")]
 
 
 @app.command()
@@ -127,10 +125,15 @@ def calibrate(
 
 @app.command()
 def compare(
-    population: Population,
-    cohort: Cohort,
-    rounds: Rounds,
-    delta: Delta,
+    population: Annotated[int, typer.Option(min=0, help="Users in the fleet.")] = 0,
+    cohort: Annotated[int, typer.Option(min=0, help="Expected users a round.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds.")] = 0,
+    delta: Annotated[
+        float | None, typer.Option(click_type=Positive(max=1), help="Below one over the population.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Take all numbers from a run folder, and update its report.")
+    ] = None,
     epsilon: Annotated[
         list[float] | None, typer.Option(click_type=Positive(), help="Repeatable; left out: 1, 2, 4 and 8.")
     ] = None,
@@ -142,25 +145,47 @@ def compare(
     json: Json = False,
 ) -> None:
     """Print the noise of every mechanism at the same epsilon, and which to choose."""
-    _require_cohort(population, cohort)
-    from fedlm.privacy.compare import advice, compare
+    numbers = {"--population": population, "--cohort": cohort, "--rounds": rounds, "--delta": delta or 0}
+    _require_numbers(numbers, run)
+    own = None
+    if run is not None:
+        from simulations.which_mechanism import compare_run
 
-    rows = compare(
-        population=population,
-        cohort=cohort,
-        rounds=rounds,
-        delta=delta,
-        epsilons=sorted(set(epsilon or (1.0, 2.0, 4.0, 8.0))),
-        separation=min_separation,
-        max_vectors=max_vectors,
-    )
+        found = compare_run(run, epsilons=epsilon or (), separation=min_separation, max_vectors=max_vectors)
+        rows, sentences, own = found.rows, found.advice, found.own
+    else:
+        _require_cohort(population, cohort)
+        from fedlm.privacy.compare import EPSILONS, advice, compare
+
+        rows = compare(
+            population=population,
+            cohort=cohort,
+            rounds=rounds,
+            delta=delta or 0.0,
+            epsilons=sorted(set(epsilon or EPSILONS)),
+            separation=min_separation,
+            max_vectors=max_vectors,
+        )
+        sentences = advice(rows)
     if plot is not None:
-        _plot(rows, plot)
+        _plot(rows, own, plot)
     if json:
-        print_json({"rows": [asdict(row) for row in rows], "advice": advice(rows)})
+        print_json({"rows": [asdict(row) for row in rows], "advice": sentences, **({"run": own} if own else {})})
     else:
         _print_rows(rows)
-        print("", *advice(rows), sep="\n")
+        print("", *sentences, sep="\n")
+
+
+def _require_numbers(numbers: dict[str, float], run: Path | None) -> None:
+    """Refuse numbers beside a run, which has its own, and missing ones without."""
+    given, missing = (
+        [name for name, number in numbers.items() if number],
+        [n for n, number in numbers.items() if not number],
+    )
+    if run is not None and given:
+        raise ConfigError(f"--run {run} has its own {', '.join(given)}; leave out one or the other")
+    if run is None and missing:
+        raise ConfigError(f"{', '.join(missing)} missing; give them, or --run with a run folder")
 
 
 def _require_cohort(population: int, cohort: int) -> None:
@@ -225,6 +250,7 @@ def _skellam(
     noise_multiplier: float = 0.0,
     epsilon: float = 0.0,
 ) -> Skellam:
+    from fedlm.privacy.mechanisms.skellam import default_survivors
     from fedlm.privacy.skellam import Skellam
 
     if rule.sampler != "poisson" or rule.cap or rule.separation > 1:
@@ -235,7 +261,7 @@ def _skellam(
         cohort=rule.cohort,
         rounds=rule.rounds,
         delta=delta,
-        min_survivors=min_survivors or max(1, rule.cohort * 4 // 5),
+        min_survivors=min_survivors or default_survivors(rule.cohort),
         noise_multiplier=noise_multiplier,
         epsilon=epsilon,
         grid_bits=grid_bits,
@@ -262,46 +288,19 @@ def _print_skellam(json: bool, name: str, design: Skellam) -> None:
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
-    header = ("epsilon", "mechanism", "RMSE", "z", "z / n", "fleet", "assumes of sampling", "needs")
-    print_table(
-        header,
-        [
-            (
-                f"{row.epsilon:g}",
-                row.mechanism,
-                f"{row.prefix_rmse:.3g}",
-                f"{row.noise_multiplier:.4g}",
-                f"{row.noise_in_mean:.3g}",
-                "real" if row.real_fleet else "simulated",
-                row.sampling,
-                f"{row.num_vectors} vectors{', a ledger' if row.needs_ledger else ''}",
-            )
-            for row in rows
-        ],
-    )
+    from simulations.report.mechanisms import cells
+
+    print_table(*cells(rows))
     print("RMSE: noise in a coordinate of the prefix sums of all releases, clip norm 1; the measure to choose by")
 
 
-def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Write the RMSE of the best mechanisms against epsilon as an SVG file."""
+def _plot(rows: Sequence[Row], own: Mapping[str, Any] | None, path: Path) -> None:
+    """Write the RMSE of the mechanisms against epsilon as an SVG file."""
     from server.run_folder import write_atomically
-    from simulations.report.axes import Axis
-    from simulations.report.lines import Series, line_chart
+    from simulations.report.mechanisms import noise_chart
     from simulations.report.style import STYLE
 
-    shown = {"banded, cyclic": "a", "blt (2": "b", "gaussian, Poisson": "c"}
-    series = []
-    for start, tone in shown.items():
-        points = tuple((row.epsilon, row.prefix_rmse) for row in rows if row.mechanism.startswith(start))
-        series.append(Series(start.split(" (")[0], points, tone))
-    chart = line_chart(
-        series,
-        title="Noise of the model at equal epsilon",
-        description="Root mean square noise of the prefix sums against epsilon, for three mechanisms.",
-        x=Axis("epsilon", log=len({row.epsilon for row in rows}) > 1),
-        y=Axis("RMSE, clip norms", log=True),
-    )
-    drawing = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    drawing = noise_chart(rows, own).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     drawing = drawing.replace(">", f"><style><![CDATA[{STYLE}]]></style>", 1)
     try:
         write_atomically(path, drawing.encode())

@@ -93,13 +93,15 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
         print_json(asdict(summary))
         return
     from simulations.report.figures import data_size, figure
+    from simulations.report.wording import spent_in_words
 
     up, down = data_size(summary.bytes_up_per_device), data_size(summary.bytes_down_per_device)
     print_pairs(
         [
             ("perplexity", _change(summary.perplexity_initial, summary.perplexity)),
             ("bits per byte", figure(summary.bits_per_byte)),
-            ("privacy", _spent(summary.epsilon, summary.delta)),
+            ("privacy", spent_in_words(summary)),
+            *_noise(summary),
             ("", summary.privacy_statement),
             (
                 "device",
@@ -115,6 +117,15 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
             ("report", str(Path(summary.run_dir) / "report.html")),
         ]
     )
+
+
+def _noise(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return the line of mechanism and sampler; none without privacy."""
+    from simulations.report.wording import mechanism_in_words, sampler_in_words
+
+    if not summary.mechanism:
+        return []
+    return [("noise", f"{mechanism_in_words(summary.mechanism)}; {sampler_in_words(summary.sampler)}")]
 
 
 def _fleet(summary: RunSummary) -> list[tuple[str, str]]:
@@ -136,12 +147,6 @@ def _change(before: float | None, after: float | None) -> str:
 
     change = f" ({100 * (after / before - 1):+.1f} %)" if before and after else ""
     return f"{figure(before)} → {figure(after)}{change}"
-
-
-def _spent(epsilon: float | None, delta: float | None) -> str:
-    from simulations.report.figures import figure
-
-    return "no finite epsilon" if epsilon is None else f"epsilon {figure(epsilon, 3)} at delta {figure(delta, 2)}"
 
 
 def _shown(value: object) -> str:

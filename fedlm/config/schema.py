@@ -189,8 +189,9 @@ class PrivacyConfig:
     delta: float = option(1e-6, "", above=0, high=0.1)
     mechanism: str = option(
         "gaussian",
-        "how the noise of rounds is correlated: gaussian (not at all), blt, banded, tree; local: every device's own",
-        choices=("gaussian", "blt", "banded", "tree", "local"),
+        "how the noise of rounds is correlated: gaussian (not at all), blt, banded, tree; local: every device's own; "
+        "skellam: each device's part of it, for secure aggregation",
+        choices=("gaussian", "blt", "banded", "tree", "local", "skellam"),
     )
     sampler: str = option(
         "",
@@ -204,6 +205,10 @@ class PrivacyConfig:
     max_participations: int = option(0, "most rounds of one user; 0: rounds / min_separation", low=0)
     bands: int = option(0, "banded: bands of the matrix; 0: the best number", low=0)
     buffers: int = option(2, "blt: buffers", low=1, high=4)
+    grid_bits: int = option(16, "skellam: the clip norm is 2^this steps", low=4, high=18)
+    min_survivors: int = option(
+        0, "skellam: least devices whose sum the server is shown; 0: a third of the cohort", low=0
+    )
     clip_quantile: float = option(
         0.0, "adaptive clipping: the quantile of update norms that the clip norm follows; 0: it stays", low=0, high=0.99
     )

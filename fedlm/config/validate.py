@@ -199,6 +199,11 @@ def _mechanism(config: Config) -> Iterator[str]:
     privacy = config.privacy
     if privacy.cap and privacy.sampler != "truncated_poisson":
         yield f"privacy.cap = {privacy.cap} needs privacy.sampler = 'truncated_poisson'; set it, or privacy.cap = 0"
+    if privacy.min_survivors and privacy.mechanism != "skellam":
+        yield (
+            f"privacy.min_survivors = {privacy.min_survivors} needs privacy.mechanism = 'skellam'; set it, or "
+            "privacy.min_survivors = 0"
+        )
     for name in privacy.metrics:
         if name not in METRIC_NAMES:
             yield f"privacy.metrics has {name!r}, choose from {', '.join(METRIC_NAMES)}"

@@ -88,7 +88,7 @@ class Adaptation:
         clip_learning_rate: eta.
         bit_share: Of the clip norm.
         allocation: One of `allocation.KINDS`.
-        moments: By kind of block, public guesses of m_g; empty: none.
+        moments, importance: By kind of block, m_g and w_g of public users, up to factors; empty: none.
         noise_floor: Least part of the nominal noise that the form as published may go down to.
         metrics, metric_bounds: DP metrics.
         selection_rounds: First rounds that ask for the words of the devices; 0: none.
@@ -104,6 +104,7 @@ class Adaptation:
     bit_share: float = 0.0
     allocation: str = "isotropic"
     moments: tuple[tuple[str, float], ...] = ()
+    importance: tuple[tuple[str, float], ...] = ()
     noise_floor: float = 0.5
     metrics: tuple[str, ...] = ()
     metric_bounds: tuple[float, ...] = ()
@@ -123,6 +124,7 @@ class Adaptation:
         rows: RowsConfig | None = None,
         vocabulary_size: int = 0,
         moments: Mapping[str, float] | None = None,
+        importance: Mapping[str, float] | None = None,
     ) -> Adaptation:
         """Return the rule of an experiment.
 
@@ -132,7 +134,7 @@ class Adaptation:
             expected_cohort: n, as accounted.
             rows: The section [trainable.embedding_rows]; None without embedding rows.
             vocabulary_size: V.
-            moments: Public m_g by kind of block; needed for the public and the per-group allocation.
+            moments, importance: Public m_g and w_g by kind of block, for the public and the per-group allocation.
         """
         quantile = config.clip_quantile
         selects = rows is not None and rows.sampler == "dp_adafest"
@@ -144,6 +146,7 @@ class Adaptation:
             bit_share=share if quantile else 0.0,
             allocation=config.allocation,
             moments=tuple(sorted((moments or {}).items())),
+            importance=tuple(sorted((importance or {}).items())),
             noise_floor=config.noise_floor,
             metrics=config.metrics,
             metric_bounds=tuple(_bound(name, config) for name in config.metrics),
@@ -169,9 +172,9 @@ class Adaptation:
             dict(self.moments).get(name, size) for name, size in zip(allocation.groups_of(spec), sizes, strict=True)
         ]
         scaled = self.allocation in ("public", "adaptive") and bool(self.moments)
-        return PrivacyState(
-            self.clip_norm, AllocationState.start(moments, [int(s) for s in sizes], scaled=scaled), scores
-        )
+        importance = self._public_importance(spec).tolist()
+        start = AllocationState.start(moments, [int(size) for size in sizes], scaled=scaled, importance=importance)
+        return PrivacyState(self.clip_norm, start, scores)
 
     def clipper(self, state: PrivacyState, spec: UpdateSpec, round_number: int) -> Clipper:
         """Return what round `round_number` clips with."""
@@ -224,12 +227,16 @@ class Adaptation:
             return None
         spans = allocation.spans_of(spec)
         if self.allocation == "per_group":
-            return allocation.per_group(spec, np.asarray(allocated.moments), allocated.importance)
+            return allocation.per_group(spec, np.asarray(allocated.moments), self._public_importance(spec))
         if self.allocation == "published":
             sizes = allocation.group_sizes(spec)
             noise = allocation.published_noise(allocated.importance, sizes, floor=self.noise_floor)
             return Geometry(spans, allocated.scales, noise=tuple(float(value) for value in noise))
         return Geometry(spans, allocated.scales)
+
+    def _public_importance(self, spec: UpdateSpec) -> Floats:
+        """Return w_g (G,) as public users have it; ones where nothing is known."""
+        return np.array([dict(self.importance).get(name, 1.0) for name in allocation.groups_of(spec)])
 
     def _riders(self, spec: UpdateSpec, round_number: int) -> tuple[Rider, ...]:
         riders: list[Rider] = []
@@ -277,7 +284,8 @@ class Adaptation:
         """
         try:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-            values["moments"] = tuple((str(kind), float(value)) for kind, value in values["moments"])
+            for name in ("moments", "importance"):
+                values[name] = tuple((str(kind), float(value)) for kind, value in values[name])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"stored adaptation cannot be read ({error}); it is of another version of fedlm") from error

@@ -59,17 +59,20 @@ class AllocationState:
     num_rounds: int = 0
 
     @classmethod
-    def start(cls, moments: Sequence[float], sizes: Sequence[int], *, scaled: bool) -> AllocationState:
+    def start(
+        cls, moments: Sequence[float], sizes: Sequence[int], *, scaled: bool, importance: Sequence[float] = ()
+    ) -> AllocationState:
         """Return the state before round 1.
 
         Arguments:
             moments: (G,) m_g from public data, up to a factor; equal parts where there is none.
             sizes: (G,) d_g.
             scaled: Start from the best scales for these moments; False: from ones.
+            importance: (G,) w_g from public data, up to a factor; empty: all equal.
         """
         parts = np.asarray(moments, np.float64) / np.sum(moments)
-        importance = np.ones(len(sizes))
-        scales = best_scales(parts, importance, np.asarray(sizes, np.float64)) if scaled else np.ones(len(sizes))
+        weights = np.asarray(importance or np.ones(len(sizes)))
+        scales = best_scales(parts, weights, np.asarray(sizes, np.float64)) if scaled else np.ones(len(sizes))
         nothing = (0.0,) * len(sizes)
         return cls(_tuple(scales), _tuple(parts), nothing, nothing)
 

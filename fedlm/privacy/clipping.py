@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.riders import Facts, Observation, Rider, answer_units, rider_from_fields, update_share
 from fedlm.trainable.parts import Part, check_parts
+
+if TYPE_CHECKING:
+    from fedlm.privacy.skellam import Skellam
 
 FRACTION_BITS = 40
 CAPACITY = 2**22
@@ -72,18 +75,22 @@ class Clipper:
         clip_norm: C, or infinity when the plan does not clip.
         geometry: Coordinates in which to clip; None: those of the update.
         riders: Further queries of the round.
+        encoder: Where each device adds its share of the noise itself: how.
     """
 
     clip_norm: float
     geometry: Geometry | None = None
     riders: tuple[Rider, ...] = ()
+    encoder: Skellam | None = None
 
     def __post_init__(self) -> None:
         """Refuse norms whose fixed-point factors would leave the range of fp64, and riders that leave no update."""
         if self.clip_norm != math.inf:
             require_number("privacy.clip_norm", self.clip_norm, low=1e-12, high=1e12)
-        elif self.geometry or self.riders:
-            raise ConfigError("without clipping there is neither a geometry nor a rider; set privacy.enabled = true")
+        elif self.geometry or self.riders or self.encoder:
+            raise ConfigError(
+                "without clipping there is no geometry, no rider and no encoder; set privacy.enabled = true"
+            )
         if not all(rider.share > 0 for rider in self.riders) or sum(rider.share**2 for rider in self.riders) > 0.5:
             shares = {rider.name: rider.share for rider in self.riders}
             raise ConfigError(
@@ -104,7 +111,8 @@ class Clipper:
         """Return this clipper as text, for the message that asks a node to train."""
         geometry = self.geometry.to_fields() if self.geometry else None
         riders = [rider.to_fields() for rider in self.riders]
-        return json.dumps({"clip_norm": self.clip_norm, "geometry": geometry, "riders": riders})
+        encoder = self.encoder.to_fields() if self.encoder else None
+        return json.dumps({"clip_norm": self.clip_norm, "geometry": geometry, "riders": riders, "encoder": encoder})
 
     @classmethod
     def from_text(cls, text: str) -> Clipper:
@@ -116,11 +124,13 @@ class Clipper:
         """
         try:
             fields = json.loads(text)
-            clip_norm, geometry, riders = (fields[name] for name in ("clip_norm", "geometry", "riders"))
+            clip_norm, geometry, riders, encoder = (
+                fields[name] for name in ("clip_norm", "geometry", "riders", "encoder")
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"a clipper cannot be read ({error}); server and node are of different versions") from error
         found = Geometry.from_fields(geometry) if geometry else None
-        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders))
+        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders), _encoder(encoder))
 
     @property
     def unit(self) -> float:
@@ -130,6 +140,8 @@ class Clipper:
     @property
     def capacity(self) -> int:
         """How many devices one sum can hold without overflow."""
+        if self.encoder:
+            return self.encoder.max_devices
         return CAPACITY_UNCLIPPED if self.clip_norm == math.inf else CAPACITY
 
     def new_sum(self, size: int) -> ClippedSum:
@@ -150,6 +162,8 @@ class ClippedSum:
     Guarantee:
         Adding or removing one device changes the integer vector by a vector of exact L2 norm at most C (2^40
         units), whatever that device computed, and changes nothing else but `num_devices`.
+        With an encoder (`fedlm.privacy.skellam`), each device's clipped integers are encoded before they are added, and
+        the sum is modulo 2^m: only encodings are ever held or sent.
 
     Edge cases:
         | update | contributes | record |
@@ -158,6 +172,8 @@ class ClippedSum:
         | all zero, denormal | itself, truncated to the unit | clipped=False |
         | norm > C (1 - 2^-20) | scaled to that norm | clipped=True |
         | no clipping, a coordinate beyond 64 in size | zero (it could overflow) | finite=False |
+
+        A zero contribution is encoded too: its device still adds its noise.
     """
 
     __slots__ = ("_clipper", "_fixed", "_num_devices", "_size", "_subtotal", "_vector", "_wide")
@@ -171,7 +187,7 @@ class ClippedSum:
             raise ConfigError(f"the geometry covers {clipper.geometry.size:,} coordinates, the update has {size:,}")
         self._clipper = clipper
         self._num_devices = 0
-        self._vector: IntVector | None = np.zeros(size + clipper.num_answers, np.int64)  # (P + Q,)
+        self._vector: IntVector | None = np.zeros(self._width(), np.int64)  # (P + Q,), or (padded,) with an encoder
         chunk = min(len(self._vector), _CHUNK)
         self._wide, self._subtotal = np.empty(chunk, np.float64), np.empty(chunk, np.float64)
         self._fixed = np.empty(chunk, np.int64)
@@ -211,7 +227,7 @@ class ClippedSum:
             ConfigError: More devices than the sum can hold.
         """
         self._require_fp32(update, (self._size,))
-        if self._clipper.geometry or self._clipper.riders:
+        if self._asks_each:
             return self.add_parts([Part(0, update)], facts)
         return self.add_many(update[np.newaxis])[0]
 
@@ -226,11 +242,13 @@ class ClippedSum:
 
         Raises:
             DataError: Wrong type, dtype or shape; nothing was added.
-            ConfigError: More devices than the sum can hold, or a round with riders, which ask each device by itself;
-                nothing was added.
+            ConfigError: More devices than the sum can hold, or a round with riders or an encoder, which take each
+                device by itself; nothing was added.
         """
-        if self._clipper.geometry or self._clipper.riders:
-            raise ConfigError("add_many adds plain updates; with a geometry or riders, call add for each device")
+        if self._asks_each:
+            raise ConfigError(
+                "add_many adds plain updates; with a geometry, riders or an encoder, call add for each device"
+            )
         self._require_fp32(updates, (len(updates) if np.ndim(updates) else 0, self._size))
         self._live()
         self._reserve(len(updates))
@@ -263,12 +281,16 @@ class ClippedSum:
         squares = [square for vector in values for square in self._squares(vector)]
         norm, limit = math.sqrt(math.fsum(squares)), self.clip_norm * (1 - _MARGIN)
         finite, clipped = all(self._fits(vector, norm) for vector in values), norm > limit
+        encoder = self._clipper.encoder
+        fixed = np.zeros(encoder.size, np.int64) if encoder else total  # (P + Q,)
         self._num_devices += 1
         if finite:
             factor = (limit / norm if clipped else 1.0) * self._clipper.update_share / self._clipper.unit
             for part in parts:
-                part.add_to(total, (part.values.astype(np.float64) * factor).astype(np.int64))  # truncates toward zero
-            self._answer(Observation(norm, self.clip_norm, group_squares, facts))
+                part.add_to(fixed, (part.values.astype(np.float64) * factor).astype(np.int64))  # truncates toward zero
+            self._answer(fixed, Observation(norm, self.clip_norm, group_squares, facts))
+        if encoder:
+            self._accept(encoder.encode(fixed, encoder.device_generator(fixed)).view(np.int64))
         return ClipRecord(norm=norm, clipped=finite and clipped, finite=finite)
 
     def add_sum(self, other: ClippedSum) -> None:
@@ -278,7 +300,7 @@ class ClippedSum:
             DataError: Not a sum of the same clip norm and size, or the same object.
             ConfigError: More devices than the sum can hold.
         """
-        total = self._live()
+        self._live()
         if type(other) is not ClippedSum or other is self:
             raise DataError(f"cannot add {type(other).__name__}; add_sum takes another ClippedSum")
         if (other.size, other.clipper) != (self.size, self.clipper):
@@ -288,7 +310,7 @@ class ClippedSum:
             )
         addend = other._live()
         self._reserve(other.num_devices)
-        total += addend
+        self._accept(addend)
         self._num_devices += other.num_devices
         other._vector = None
 
@@ -315,13 +337,13 @@ class ClippedSum:
             raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {self._clipper.capacity:,}")
         self._check_magnitude(vector, num_devices)
         self._reserve(num_devices)
-        total += vector
+        self._accept(vector)
         self._num_devices += num_devices
 
     def to_arrays(self) -> tuple[IntVector, dict[str, int | float]]:
         """Return what travels: a read-only view of the vector (P + Q,), and its fields."""
-        view = self._live().view()
-        view.flags.writeable = False
+        # Over a read-only buffer: a view of an array that one may write to could be made writeable again.
+        view = np.frombuffer(self._live().data.toreadonly(), np.int64)
         return view, {"clip_norm": self.clip_norm, "num_devices": self._num_devices}
 
     @classmethod
@@ -330,16 +352,19 @@ class ClippedSum:
 
         The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C.
         For a reply of one device this is the exact clip bound, so a device that did not clip is refused here.
+        Of encoded sums nobody can know the norm: that is what the encoding is for. There only range and device count
+        are checked, and a device that does not clip spoils the sum unseen.
 
         Arguments:
-            vector: (P + Q,) int64; copied.
+            vector: (P + Q,) int64, or (padded,) with an encoder; copied.
             fields: As `to_arrays` returned them.
             clipper: The receiver's own, never the sender's.
 
         Raises:
             DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum.
         """
-        result = clipper.new_sum(max(_require_int64(vector).size - clipper.num_answers, 1))
+        size = clipper.encoder.size if clipper.encoder else _require_int64(vector).size
+        result = clipper.new_sum(max(size - clipper.num_answers, 1))
         result.add_arrays(vector, fields)
         return result
 
@@ -352,6 +377,25 @@ class ClippedSum:
         vector = self._live()
         self._vector = None
         return vector
+
+    @property
+    def _asks_each(self) -> bool:
+        """Whether devices must be added one by one."""
+        return bool(self._clipper.geometry or self._clipper.riders or self._clipper.encoder)
+
+    def _width(self) -> int:
+        """Return the coordinates that travel."""
+        size, encoder = self._size + self._clipper.num_answers, self._clipper.encoder
+        if encoder and encoder.size != size:
+            raise ConfigError(f"the encoder is for {encoder.size:,} coordinates, update and answers have {size:,}")
+        return encoder.padded_size if encoder else size
+
+    def _accept(self, addend: IntVector) -> None:
+        """Add a checked vector, modulo 2^m with an encoder."""
+        total = self._live()
+        total += addend
+        if self._clipper.encoder:
+            total &= self._clipper.encoder.mask.astype(np.int64)
 
     def _live(self) -> IntVector:
         if self._vector is None:
@@ -371,12 +415,12 @@ class ClippedSum:
             wanted = f"({', '.join(map(str, shape))},)" if len(shape) == 1 else f"(devices, {self._size})"
             raise DataError(f"update is {found}, must be a plain float32 array of shape {wanted}")
 
-    def _answer(self, seen: Observation) -> None:
+    def _answer(self, vector: IntVector, seen: Observation) -> None:
         """Add one device's answers to the riders, each truncated toward zero within its share of the clip norm."""
-        total, place = self._live(), self._size
+        place = self._size
         for rider in self._clipper.riders:
             answer = answer_units(rider, seen, self.clip_norm)  # (size,)
-            total[place : place + rider.size] += (answer * ((1 - _MARGIN) / self._clipper.unit)).astype(np.int64)
+            vector[place : place + rider.size] += (answer * ((1 - _MARGIN) / self._clipper.unit)).astype(np.int64)
             place += rider.size
 
     def _squares(self, vector: FloatVector | IntVector) -> list[float]:
@@ -437,6 +481,14 @@ class ClippedSum:
                 np.add(chunk, fixed, out=chunk)
 
     def _check_magnitude(self, vector: IntVector, num_devices: int) -> None:
+        if self._clipper.encoder:
+            largest = int(self._clipper.encoder.mask) if num_devices else 0
+            if vector.min() < 0 or vector.max() > largest:
+                raise DataError(
+                    f"encoded sum of {num_devices:,} devices has values from {vector.min():,} to {vector.max():,}, "
+                    f"allowed are 0 to {largest:,}; reduce it by the round's modulus"
+                )
+            return
         if self.clip_norm == math.inf:
             size = max(int(vector.max()), -int(vector.min())) / _UNITS
             allowed = num_devices * _UNCLIPPED_PEAK
@@ -447,6 +499,12 @@ class ClippedSum:
             raise DataError(
                 f"sum of {num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; the sender did not clip"
             )
+
+
+def _encoder(fields: dict[str, Any] | None) -> Skellam | None:
+    from fedlm.privacy.skellam import Skellam  # it needs this module's units
+
+    return Skellam.from_fields(fields) if fields else None
 
 
 def _require_int64(vector: IntVector) -> IntVector:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from threading import Lock
 from typing import Any, NoReturn
 
@@ -31,17 +31,19 @@ from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
 from fedlm.privacy.clipping import FRACTION_BITS, ClippedSum, Clipper, FloatVector, IntVector
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.riders import Floats
 from fedlm.privacy.run_noise import KeyStore, RunNoise
+from fedlm.privacy.skellam import Skellam
 from fedlm.privacy.statement import figures, stamps, statement
 from fedlm.privacy.terms import PrivacyTerms
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 _TOKEN = object()
 _CHUNK = 65_536
-_LARGEST_GAIN = 64  # of correlated noise over its largest draw: the L1 norm of a row of C^-1, about 2 for all built in
+_LARGEST_GAIN = 64  # of correlated noise over its largest draw: about 2 for BLT and banded, 34 for a tree over 2,000 rounds
 _NO_DEVICES = "the corpus needs at least one training user"
 
 
@@ -113,6 +115,12 @@ class PrivacyPlan(PrivacyTerms):
                 f"privacy.mechanism = {self.mechanism.name!r} subtracts later what it added before, so clip norm, "
                 "scales and rows must stay; set privacy.clip_quantile = 0 and privacy.allocation to isotropic or public"
             )
+        if self.mimics and isinstance(self.mechanism, DistributedSkellam):
+            raise ConfigError(
+                f"privacy.mechanism = 'skellam' has the devices add the noise, which cannot be that of another fleet "
+                f"({self.expected_cohort:,} of {self.population:,}); set privacy.population = 0 and "
+                "privacy.expected_cohort = 0"
+            )
         object.__setattr__(self, "_noise", RunNoise(self.mechanism, self.seed if self.reproducible_noise else None))
 
     @classmethod
@@ -127,6 +135,8 @@ class PrivacyPlan(PrivacyTerms):
         rows: RowsConfig | None = None,
         vocabulary_size: int = 0,
         moments: Mapping[str, float] | None = None,
+        importance: Mapping[str, float] | None = None,
+        size: int = 0,
     ) -> PrivacyPlan:
         """Return the plan of an experiment; the noise multiplier is calibrated to epsilon unless it is given.
 
@@ -138,7 +148,8 @@ class PrivacyPlan(PrivacyTerms):
             seed: The experiment's; it decides the cohorts.
             rows: The section [trainable.embedding_rows], when rows train.
             vocabulary_size: V; for row selection.
-            moments: Public mean squared norms by kind of block; for the public and per-group allocation.
+            moments, importance: Public m_g and w_g by kind of block; for the public and per-group allocation.
+            size: The most coordinates of any round, answers to riders included; for Skellam noise.
 
         Raises:
             ConfigError: A number out of range, or neither epsilon nor noise multiplier.
@@ -149,7 +160,7 @@ class PrivacyPlan(PrivacyTerms):
         require_count("fleet_size", fleet_size, low=1, fix=_NO_DEVICES)
         require_count("fleet.cohort", cohort, low=1, high=fleet_size, fix="lower fleet.cohort or add devices")
         _require_population(population, expected)
-        mechanism = _mechanism(config, rounds, population, expected, fleet_size // cohort)
+        mechanism = _mechanism(config, rounds, population, expected, fleet_size // cohort, size)
         noise = _noise_multiplier(config, mechanism) if config.enabled else 0.0
         adaptation = Adaptation.create(
             config,
@@ -158,6 +169,7 @@ class PrivacyPlan(PrivacyTerms):
             rows=rows,
             vocabulary_size=vocabulary_size,
             moments=moments,
+            importance=importance,
         )
         return cls(
             enabled=config.enabled,
@@ -199,7 +211,19 @@ class PrivacyPlan(PrivacyTerms):
             spec: The round's.
             round_number: t.
         """
-        return self.adaptation.clipper(state, spec, round_number) if self.enabled else Clipper(self.clip_norm)
+        if not self.enabled:
+            return Clipper(self.clip_norm)
+        return self._encoding(self.adaptation.clipper(state, spec, round_number), spec.size, round_number)
+
+    def encoder(self, size: int) -> Skellam | None:
+        """Return how a round's devices encode `size` coordinates, answers included; None where the server adds noise.
+
+        Raises:
+            ConfigError: More coordinates than are accounted.
+        """
+        if not self.enabled or not isinstance(self.mechanism, DistributedSkellam):
+            return None
+        return self.mechanism.design(self.noise_multiplier, delta=self.delta, size=size)
 
     def next_state(
         self, state: PrivacyState, spec: UpdateSpec, round_number: int, *, values: Vector, released: Released
@@ -230,7 +254,10 @@ class PrivacyPlan(PrivacyTerms):
             (realised cohort,) int64; possibly empty.
         """
         require_count("round", round_number, high=self.rounds)
-        return cohorts.sample_cohort(self.fleet_rule, seed=self.seed, round_number=round_number)
+        cohort = cohorts.sample_cohort(self.fleet_rule, seed=self.seed, round_number=round_number)
+        # Their noise is shared out among so many; that a cohort is larger has a part of delta.
+        most = self.mechanism.max_devices if isinstance(self.mechanism, DistributedSkellam) else len(cohort)
+        return cohort[:most]
 
     def new_ledger(self) -> ParticipationLedger:
         """Return an empty ledger of who takes part, with this plan's limits."""
@@ -238,7 +265,7 @@ class PrivacyPlan(PrivacyTerms):
 
     def new_sum(self, size: int) -> ClippedSum:
         """Return an empty sum of `size` coordinates for a round without riders or scales."""
-        return Clipper(self.clip_norm).new_sum(size)
+        return self._encoding(Clipper(self.clip_norm), size, round_number=0).new_sum(size)
 
     def keep_keys(self, store: KeyStore) -> None:
         """Keep the keys of correlated noise in a store, and continue after the rounds whose keys it holds."""
@@ -264,8 +291,10 @@ class PrivacyPlan(PrivacyTerms):
         total._live()
         self._released.claim(round_number, self.rounds if self.enabled else math.inf)
         clipper, num_devices = total.clipper, total.num_devices
-        vector = total._take()  # (P + Q,) int64
-        if self.enabled:
+        vector = total._take()  # (P + Q,) int64, or (padded,) encoded
+        if clipper.encoder:
+            vector = self._noise.decode(vector, clipper.encoder, round_number=round_number, num_devices=num_devices)
+        elif self.enabled:
             std = self.noise_multiplier * 2.0**FRACTION_BITS * (self.cohort / self.expected_cohort)
             reports = num_devices * self.expected_cohort / self.cohort
             self._noise.add_to(vector, std, round_number=round_number, clipper=clipper, num_reports=reports)
@@ -281,12 +310,27 @@ class PrivacyPlan(PrivacyTerms):
         if not is_ours or not (self.adaptation.clip_quantile or total.clip_norm == self.clip_norm):
             found = getattr(total, "clip_norm", type(total).__name__)
             raise DataError(f"cannot release {found}; give a sum made by this plan (clip norm {self.clip_norm})")
+        found, wanted = total.clipper.encoder, self.encoder(total.size + total.clipper.num_answers)
+        if found and wanted and self.reproducible_noise:
+            wanted = replace(wanted, debug_key=found.debug_key)
+        if found != wanted:
+            raise DataError(
+                f"cannot release a sum whose devices added other noise than that of the mechanism "
+                f"{self.mechanism.name!r}; make it with this plan's clipper"
+            )
         sampled = self.sample_cohort(round_number).size
         if total.num_devices > sampled:
             raise DataError(
                 f"sum of {total.num_devices:,} devices, but round {round_number} sampled {sampled:,}; "
                 "a device was added twice or uninvited"
             )
+
+    def _encoding(self, clipper: Clipper, size: int, round_number: int) -> Clipper:
+        """Return the clipper of an update of `size` coordinates, with an encoder where devices add the noise."""
+        encoder = self.encoder(size + clipper.num_answers)
+        if encoder is None:
+            return clipper
+        return replace(clipper, encoder=replace(encoder, debug_key=self._noise.device_key(round_number)))
 
     def _means(self, vector: IntVector, size: int, clipper: Clipper) -> Released:
         """Return update and answers from the noised integers, each in its own units."""
@@ -340,7 +384,9 @@ class PrivacyPlan(PrivacyTerms):
         return self
 
 
-def _mechanism(config: PrivacyConfig, rounds: int, population: int, cohort: int, fleet_rounds: int) -> Mechanism:
+def _mechanism(
+    config: PrivacyConfig, rounds: int, population: int, cohort: int, fleet_rounds: int, size: int
+) -> Mechanism:
     """Return the mechanism that a config names, for the accounted fleet.
 
     Arguments:
@@ -348,6 +394,7 @@ def _mechanism(config: PrivacyConfig, rounds: int, population: int, cohort: int,
         rounds: T.
         population, cohort: As accounted.
         fleet_rounds: Rounds after which a device of the simulated fleet comes again, where devices take turns.
+        size: The most coordinates of a round; for Skellam noise.
     """
     samplers = mechanisms.SAMPLERS.get(config.mechanism, ("poisson",))  # `create` refuses other names
     sampler = config.sampler or samplers[0]
@@ -378,6 +425,9 @@ def _mechanism(config: PrivacyConfig, rounds: int, population: int, cohort: int,
         bands=config.bands,
         buffers=config.buffers,
         max_bands=fleet_rounds,
+        size=size,
+        grid_bits=config.grid_bits,
+        min_survivors=config.min_survivors,
     )
 
 

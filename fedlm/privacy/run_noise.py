@@ -12,10 +12,14 @@ import secrets
 from hashlib import blake2b
 from typing import Protocol
 
+import numpy as np
+from randomgen import AESCounter
+
 from fedlm.errors import DataError
-from fedlm.privacy.clipping import Clipper, IntVector
+from fedlm.privacy.clipping import FRACTION_BITS, Clipper, IntVector
 from fedlm.privacy.mechanisms.base import Mechanism, RoundNoise
 from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.skellam import Skellam
 
 
 class KeyStore(Protocol):
@@ -88,6 +92,25 @@ class RunNoise:
         if clipper.num_answers:
             noise.add_to(vector[-clipper.num_answers :], std, stream)
         return None
+
+    def decode(self, vector: IntVector, encoder: Skellam, *, round_number: int, num_devices: int) -> IntVector:
+        """Return the noised sum of update and answers (P + Q,) from a sum of encodings: absent devices' noise is added.
+
+        Arguments:
+            vector: (padded,) the sum modulo 2^m.
+            encoder: What its devices encoded with.
+            round_number: t.
+            num_devices: Devices in the sum.
+        """
+        generator = np.random.Generator(AESCounter(key=self._key(round_number)))
+        released = encoder.decode(vector.view(np.uint64), num_devices, generator)  # in clip norms
+        return np.rint(released * 2.0**FRACTION_BITS).astype(np.int64)
+
+    def device_key(self, round_number: int) -> str:
+        """Return what the devices' own noise follows from in a reproducible run; empty: the operating system."""
+        if self._seed is None:
+            return ""
+        return blake2b(f"{self._seed}/device noise/{round_number}".encode(), digest_size=16).hexdigest()
 
     def _add_correlated(self, vector: IntVector, std: float, round_number: int) -> None:
         if self._noise is None:

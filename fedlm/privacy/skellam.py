@@ -23,15 +23,17 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from randomgen import AESCounter
 
-from fedlm.errors import BudgetExceededError, ConfigError, DataError
+from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import rdp
 from fedlm.privacy.clipping import FRACTION_BITS, IntVector
 from fedlm.privacy.ranges import require_count, require_number
@@ -45,10 +47,9 @@ _ROUNDING = 4.0  # a rounding breaks the norm bound with probability below e^-4
 _MAX_BLOCK = 2**14
 # Beyond, the acceptance test of numpy's Poisson sampler feels the rounding of fp64.
 _MAX_STD = 2.0**18
+LEAST_NOISE = 2.0**-4
 # Cohorts beyond `max_devices` are cut; that they are not Poisson then is paid from delta.
 _CUT_SHARE = 1e-9
-_DELTA_SHARE = 1 - 1e-3
-_LARGEST_SAMPLED = 13.0  # (1 + e^13) * 1e-9 < 1e-3
 
 Words = npt.NDArray[np.uint64]
 Doubles = npt.NDArray[np.float64]
@@ -82,11 +83,13 @@ class Skellam:
         one user's updates replaced by zero (its device still takes part and adds noise), no amplification.
 
     Edge cases:
-        * Fewer survivors than `min_survivors`: their sum has too little noise; `decode` refuses it. A transport should
-          not even unmask it. `decode` of 0 devices is a release of noise alone. Whether a round reaches the quorum is
-          taken not to hinge on one user.
         * Fewer survivors than `max_devices`: `decode` adds the missing noise, so that the analyst's figure and the law
-          of the release do not depend on turnout; the server's figure counts on `min_survivors` alone.
+          of the release do not depend on turnout.
+        * Fewer survivors than `min_survivors`: released all the same, a round never fails for want of devices; but who
+          saw their sum before `decode` saw less noise than `epsilon_server` counts on. Keeping that sum masked is the
+          transport's part; `decode` then takes 0 devices and releases noise alone, and if that can hinge on one user,
+          the analyst's figure does not cover it.
+        * More sampled devices than `max_devices`: the cohort is to be cut, by public numbers; that is paid from delta.
         * c devices that collude with the server know their own noise: accept c survivors more to keep its figure.
     """
 
@@ -102,6 +105,39 @@ class Skellam:
     max_participations: int
     replace_one: bool
     rotation_seed: int | None
+    debug_key: str = ""
+    """Hexadecimal; devices draw from it and their vector instead of from the operating system: NOT PRIVATE."""
+
+    def __post_init__(self) -> None:
+        """Check every number; who got a design over the wire relies on it."""
+        require_count("population", self.population, low=1)
+        require_count("cohort", self.cohort, low=1, high=self.population)
+        require_count("rounds", self.rounds, low=1)
+        require_number("delta", self.delta, above=0, below=1)
+        require_count("size", self.size, low=1)
+        require_count("grid_bits", self.grid_bits, low=4, high=18)
+        require_count("max_devices", self.max_devices, low=self.cohort, high=self.population)
+        require_count("min_survivors", self.min_survivors, low=1, high=self.max_devices)
+        require_count("max_participations", self.max_participations, low=1, high=self.rounds)
+        z, most = self.noise_multiplier, _MAX_STD / 2**self.grid_bits
+        require_number("noise_multiplier", z, low=LEAST_NOISE, high=most, fix="choose grid_bits for it")
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return all numbers, JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Skellam:
+        """Return the design that `to_fields` described.
+
+        Raises:
+            DataError: Not such fields.
+            ConfigError: A number out of range.
+        """
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise DataError(f"a Skellam design cannot be read ({error}); it is of another version of fedlm") from error
 
     @classmethod
     def create(
@@ -126,7 +162,7 @@ class Skellam:
             size: P, coordinates of an update.
             population, cohort, rounds: N, n, T.
             delta: Of both guarantees.
-            min_survivors: Least devices whose sum may be unmasked.
+            min_survivors: Least devices whose sum the server gets to see.
             noise_multiplier: z, standard deviation of the released noise over the clip norm; or 0.
             epsilon: Calibrate z to it; or 0.
             grid_bits: g, the clip norm is 2^g steps of the grid.
@@ -146,28 +182,26 @@ class Skellam:
         require_count("cohort", cohort, low=1, high=population)
         require_count("rounds", rounds, low=1)
         require_number("delta", delta, above=0, below=1)
-        largest = _largest_cohort(population, cohort, _CUT_SHARE * delta / rounds)
-        fields = {
-            "size": require_count("size", size, low=1),
-            "population": population,
-            "cohort": cohort,
-            "rounds": rounds,
-            "delta": delta,
-            "grid_bits": require_count("grid_bits", grid_bits, low=4, high=18),
-            "min_survivors": require_count("min_survivors", min_survivors, low=1, high=largest),
-            "max_devices": largest,
-            "max_participations": require_count("max_participations", max_participations, high=rounds) or rounds,
-            "replace_one": replace_one,
-            "rotation_seed": rotation_seed,
-        }
-        most = _MAX_STD / 2**grid_bits
 
         def design(z: float) -> Skellam:
-            return cls(noise_multiplier=z, **fields)  # type: ignore[arg-type]
+            return cls(
+                size=size,
+                population=population,
+                cohort=cohort,
+                rounds=rounds,
+                delta=delta,
+                noise_multiplier=z,
+                grid_bits=grid_bits,
+                min_survivors=min_survivors,
+                max_devices=largest_cohort(population=population, cohort=cohort, rounds=rounds, delta=delta),
+                max_participations=max_participations or rounds,
+                replace_one=replace_one,
+                rotation_seed=rotation_seed,
+            )
 
-        z = noise_multiplier or _least(lambda z: design(z).epsilon_analyst <= epsilon, most)
-        require_number("noise_multiplier", z, low=2.0**-4, high=most, fix="choose grid_bits for it")
-        return design(z)
+        return design(
+            noise_multiplier or least_noise(lambda z: design(z).epsilon_analyst <= epsilon, grid_bits=grid_bits)
+        )
 
     @property
     def block(self) -> int:
@@ -206,28 +240,48 @@ class Skellam:
         noise = odds / 3 + math.sqrt(odds * odds / 9 + 2 * self.variance * odds)
         return math.ceil(math.log2(signal + noise + devices + 1)) + 1
 
+    @property
+    def num_bytes(self) -> int:
+        """What a device sends: `bits` for each of `padded_size` coordinates."""
+        return -(-self.padded_size * self.bits // 8)
+
+    @cached_property
+    def cut_probability(self) -> float:
+        """At most: that in some round a user would be one too many, the others' coins alone deciding."""
+        from scipy.stats import binom
+
+        others = binom.sf(self.max_devices - 1, self.population - 1, self.cohort / self.population)
+        return float(self.rounds * others)
+
     @cached_property
     def epsilon_server(self) -> float:
         """For who knows the cohorts and sees sums of `min_survivors` devices or more: no amplification."""
         return rdp.epsilon(
-            self.max_participations * self._curve(self.variance * self.min_survivors / self.max_devices),
+            self.max_participations * self.curve(self.variance * self.min_survivors / self.max_devices),
             delta=self.delta,
         )
 
     @cached_property
     def epsilon_analyst(self) -> float:
-        """For who sees the releases alone: cohorts are Poisson-sampled and secret."""
-        curve = self._curve(self.variance)
-        sampled = rdp.poisson_sampled(curve, self.cohort / self.population)
-        found = rdp.epsilon(self.rounds * sampled, delta=self.delta * _DELTA_SHARE)
-        return found if found <= _LARGEST_SAMPLED else rdp.epsilon(self.rounds * curve, delta=self.delta)
+        """For who sees the releases alone: cohorts are Poisson-sampled and secret.
+
+        Given the other users' coins, a user's own coin is as random as ever. Where those coins never fill a cohort, no
+        cut tells the two worlds apart, and the sampled curve holds; the rest has `cut_probability`, paid from delta.
+        """
+        if self.cut_probability >= self.delta:
+            raise ConfigError(
+                f"max_devices = {self.max_devices:,} cuts a cohort with probability {self.cut_probability:.3g}, delta "
+                f"is {self.delta:g}; raise max_devices"
+            )
+        sampled = rdp.poisson_sampled(self.curve(self.variance), self.cohort / self.population)
+        return rdp.epsilon(self.rounds * sampled, delta=self.delta - self.cut_probability)
 
     def encode(self, vector: IntVector, generator: np.random.Generator) -> Words:
         """Return what a device hands to secure aggregation: rounded, noised, reduced modulo 2^m.
 
         Arguments:
             vector: (P,) int64, one device's clipped update in units of 2^-40 clip norms (`ClippedSum`).
-            generator: `system_generator()`; of the device alone.
+            generator: `device_generator(vector)`; of the device alone.
 
         Returns:
             (padded size,) uint64 below 2^m.
@@ -241,7 +295,19 @@ class Skellam:
         np.multiply(vector, 2.0 ** (self.grid_bits - FRACTION_BITS), out=flat[: self.size])
         rounded = self._round(self._rotate(flat), generator)
         rounded += _noise(self.variance / self.max_devices, rounded.size, generator)
-        return rounded.view(np.uint64) & self._mask
+        return rounded.view(np.uint64) & self.mask
+
+    def device_generator(self, vector: IntVector) -> np.random.Generator:
+        """Return the randomness of one device's encoding: `system_generator()` but for debugging.
+
+        Edge cases:
+            With a `debug_key` it follows from the key and the vector, so that a run repeats to the bit whichever
+            worker does what; equal vectors then get equal noise.
+        """
+        if not self.debug_key:
+            return system_generator()
+        digest = blake2b(vector.tobytes(), key=bytes.fromhex(self.debug_key), digest_size=16).digest()
+        return np.random.Generator(AESCounter(key=int.from_bytes(digest, "little")))
 
     def decode(self, total: Words, num_devices: int, generator: np.random.Generator) -> Doubles:
         """Return the release: the sum of the updates with noise of variance z^2, in clip norms, (P,).
@@ -253,28 +319,29 @@ class Skellam:
 
         Raises:
             DataError: Wrong type or size, or more devices than the design has.
-            BudgetExceededError: Fewer survivors than `min_survivors`, but not 0.
         """
         if type(total) is not np.ndarray or total.dtype != np.uint64 or total.shape != (self.padded_size,):
             raise DataError(f"sum must be a uint64 vector of {self.padded_size:,} coordinates; sum what encode returns")
         if not 0 <= num_devices <= self.max_devices:
             raise DataError(f"sum of {num_devices:,} devices, allowed are 0 to {self.max_devices:,}; cut the cohort")
-        if 0 < num_devices < self.min_survivors:
-            raise BudgetExceededError(
-                f"sum of {num_devices:,} devices has too little noise, need {self.min_survivors:,}; release 0 devices"
-            )
         half = np.uint64(2 ** (self.bits - 1))
-        centred = ((total + half) & self._mask).view(np.int64) - half.view(np.int64)  # (padded,)
+        centred = ((total + half) & self.mask).view(np.int64) - half.view(np.int64)  # (padded,)
         if num_devices == 0:
             centred[:] = 0
         centred += _noise(self.variance * (1 - num_devices / self.max_devices), centred.size, generator)
         return self._rotate_back(centred.astype(np.float64))[: self.size] * 2.0**-self.grid_bits
 
     @property
-    def _mask(self) -> np.uint64:
+    def mask(self) -> np.uint64:
+        """2^m - 1: what a sum is reduced by."""
         return np.uint64(2**self.bits - 1)
 
-    def _curve(self, variance: float) -> rdp.Curve:
+    def curve(self, variance: float) -> rdp.Curve:
+        """Return the Renyi divergence of one release without sampling, (orders,).
+
+        Arguments:
+            variance: Of the noise in the sum, in grid steps squared.
+        """
         factor = 2 if self.replace_one else 1
         return skellam_curve(factor * factor * self.l2_squared, factor * self.l1, variance)
 
@@ -295,16 +362,17 @@ class Skellam:
         # Squares of integers below 2^53 add up exactly in fp64, in any order.
         return float(np.dot(rounded, rounded)) <= self.l2_squared
 
-    def _signs(self) -> Doubles:
-        """Return the public signs (padded,), the same in every round and on every device."""
+    @cached_property
+    def _signs(self) -> npt.NDArray[np.int8]:
+        """The public signs (padded,), the same in every round and on every device."""
         generator = stream(seed_key(self.rotation_seed or 0), "skellam rotation")
-        return generator.integers(0, 2, self.padded_size, np.int8).astype(np.float64) * 2 - 1
+        return generator.integers(0, 2, self.padded_size, np.int8) * np.int8(2) - np.int8(1)
 
     def _rotate(self, values: Doubles) -> Doubles:
-        return values if self.rotation_seed is None else walsh_hadamard(values * self._signs(), self.block)
+        return values if self.rotation_seed is None else walsh_hadamard(values * self._signs, self.block)
 
     def _rotate_back(self, values: Doubles) -> Doubles:
-        return values if self.rotation_seed is None else walsh_hadamard(values, self.block) * self._signs()
+        return values if self.rotation_seed is None else walsh_hadamard(values, self.block) * self._signs
 
 
 def walsh_hadamard(values: Doubles, block: int) -> Doubles:
@@ -327,19 +395,33 @@ def _noise(variance: float, size: int, generator: np.random.Generator) -> IntVec
     return generator.poisson(variance / 2, size) - generator.poisson(variance / 2, size)
 
 
-def _largest_cohort(population: int, cohort: int, probability: float) -> int:
-    """Return the least size that a Poisson-sampled cohort exceeds with at most this probability."""
+@lru_cache(maxsize=64)
+def largest_cohort(*, population: int, cohort: int, rounds: int, delta: float) -> int:
+    """Return the largest Poisson-sampled cohort to be ready for: a larger one comes with a billionth of delta.
+
+    Arguments:
+        population, cohort, rounds, delta: N, n, T and that of the guarantee.
+    """
     from scipy.stats import binom
 
-    q, size = cohort / population, cohort
-    while size < population and binom.sf(size, population, q) > probability:
+    q, size, probability = cohort / population, cohort, _CUT_SHARE * delta / rounds
+    while size < population and binom.sf(size - 1, population - 1, q) > probability:
         size += max(1, cohort // 100)
     return min(size, population)
 
 
-def _least(fits: Callable[[float], bool], most: float) -> float:
-    """Return the least z, up to 0.1 %, that fits; `most` if none below does."""
-    low, high = 2.0**-4, most
+def least_noise(fits: Callable[[float], bool], *, grid_bits: int) -> float:
+    """Return the least noise multiplier, up to 0.1 %, that fits.
+
+    Raises:
+        ConfigError: None that the grid has room for does.
+    """
+    low, high = LEAST_NOISE, float(_MAX_STD / 2**grid_bits)
+    if not fits(high):
+        raise ConfigError(
+            f"the most noise at grid_bits = {grid_bits}, multiplier {high:g}, costs more than epsilon; lower "
+            "grid_bits, the number of rounds or the cohort, or raise epsilon"
+        )
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)

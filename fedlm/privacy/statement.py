@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from fedlm.privacy.mechanisms.participations import ZERO_OUT, most_participations
+from fedlm.privacy.mechanisms.skellam import DistributedSkellam
+
 if TYPE_CHECKING:
     from fedlm.privacy.terms import PrivacyTerms
 
-_ACCOUNTANTS = {"pld": "PLD accounting", "gaussian": "accounting of the Gaussian mechanism in closed form"}
+_ACCOUNTANTS = {
+    "pld": "PLD accounting",
+    "rdp": "RDP accounting",
+    "gaussian": "accounting of the Gaussian mechanism in closed form",
+}
 _UNIT = "user (all data of one device)"
 
 
@@ -47,9 +54,22 @@ def statement(terms: PrivacyTerms) -> str:
         f"{_clip(terms)}{_queries(terms)}, {_ACCOUNTANTS[terms.accountant]}."
     )
     secret = "It holds against those who see only the releases"
-    if terms.accountant == "pld":
+    if terms.cohorts_are_secret:
         secret += "; the seed decides the cohorts and must stay secret"
-    return " ".join([guarantee, f"{secret}.", *(f"{stamp}." for stamp in stamps(terms))])
+    return " ".join([guarantee, f"{secret}.", *_server(terms), *(f"{stamp}." for stamp in stamps(terms))])
+
+
+def _server(terms: PrivacyTerms) -> tuple[str, ...]:
+    """Return what holds against the server, where the devices add the noise."""
+    mechanism, epsilon = terms.mechanism, terms.epsilon_server
+    if epsilon is None or not isinstance(mechanism, DistributedSkellam):
+        return ()
+    times = most_participations(mechanism.participation, terms.rounds)
+    return (
+        f"Against a server that follows the protocol and knows the cohorts, but gets nothing except sums of at least "
+        f"{mechanism.min_survivors:,} devices by secure aggregation: epsilon {_up(epsilon)} (adjacency: {ZERO_OUT}, in "
+        f"at most {times:,} rounds); a transport that shows it smaller sums gives no guarantee against it.",
+    )
 
 
 def _clip(terms: PrivacyTerms) -> str:
@@ -85,6 +105,7 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
         "prefix_rmse": terms.mechanism.prefix_rmse() * terms.noise_multiplier,
         "epsilon": _finite(terms.epsilon(terms.rounds)),
         "epsilon_of_this_fleet": _finite(terms.epsilon_of_this_fleet(terms.rounds)),
+        "epsilon_server": _finite(math.inf if terms.epsilon_server is None else terms.epsilon_server),
         "epsilon_as_published": _finite(terms.epsilon_as_published or math.inf),
         "epsilon_target": terms.epsilon_target,
         "delta": terms.delta,

@@ -12,6 +12,7 @@ from fedlm.errors import DataError
 from fedlm.privacy.adaptation import Adaptation
 from fedlm.privacy.mechanisms import from_fields
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 
 _PLAIN: dict[str, type] = {
     "enabled": bool,
@@ -96,9 +97,15 @@ class PrivacyTerms:
 
     @property
     def accountant(self) -> str:
-        """What computes epsilon: "pld" (privacy loss distributions) or, without sampling, "gaussian" in closed form."""
-        sampled = "poisson" in self.mechanism.participation.sampler and self.mechanism.name != "local"
-        return "pld" if sampled else "gaussian"
+        """What computes epsilon: "pld" (privacy loss distributions), "rdp" for Skellam noise, else "gaussian"."""
+        if isinstance(self.mechanism, DistributedSkellam):
+            return "rdp"
+        return "pld" if self.cohorts_are_secret else "gaussian"
+
+    @property
+    def cohorts_are_secret(self) -> bool:
+        """Whether epsilon rests on nobody knowing who was sampled."""
+        return "poisson" in self.mechanism.participation.sampler and self.mechanism.name != "local"
 
     @property
     def mimics(self) -> bool:
@@ -139,6 +146,16 @@ class PrivacyTerms:
         real = from_fields(self.mechanism.to_fields() | {"participation": asdict(self.fleet_rule)})
         noise = self.noise_multiplier * self.cohort / self.expected_cohort
         return real.epsilon(noise_multiplier=noise, num_releases=num_releases, delta=self.delta)
+
+    @property
+    def epsilon_server(self) -> float | None:
+        """Against a server under secure aggregation (`DistributedSkellam.epsilon_server`); None where it is trusted."""
+        if not self.enabled or not isinstance(self.mechanism, DistributedSkellam):
+            return None
+        if self.reproducible_noise:
+            return math.inf
+        z = self.noise_multiplier
+        return self.mechanism.epsilon_server(noise_multiplier=z, num_releases=self.rounds, delta=self.delta)
 
     @property
     def epsilon_as_published(self) -> float | None:

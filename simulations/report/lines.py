@@ -31,7 +31,7 @@ class Series:
     Arguments:
         label: What it is; stands in the hover text, and at the line's end when `end` is empty.
         points: Finite (x, y), x ascending.
-        tone: Colour and dash pattern: `a` (solid), `b` (dashed) or `c` (dotted).
+        tone: Colour and dash pattern: `a` (solid), `b` (dashed), `c` (dotted), `d` to `f` (quieter mixtures).
         end: Another label for the line's end, such as its last value.
         start: A label for its first point.
     """
@@ -51,6 +51,15 @@ class Reference:
     label: str
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A single point to find oneself by, ringed and named."""
+
+    x: float
+    y: float
+    label: str
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -59,6 +68,7 @@ def line_chart(
     x: Axis,
     y: Axis,
     reference: Reference | None = None,
+    mark: Mark | None = None,
     height: float = 290.0,
 ) -> Markup:
     """Return a line chart.
@@ -70,6 +80,7 @@ def line_chart(
         x: The horizontal axis.
         y: The vertical axis.
         reference: A level to draw.
+        mark: A point to draw.
         height: In user units; the width is `WIDTH`.
 
     Returns:
@@ -79,7 +90,10 @@ def line_chart(
     names = [one.end or one.label for one in drawn] + ([reference.label] if reference else [])
     right = WIDTH - _RIGHT - _CHARACTER * max(map(len, names))
     levels = [point[1] for one in drawn for point in one.points] + ([reference.value] if reference else [])
-    across = make_scale([point[0] for one in drawn for point in one.points], x, _LEFT, right)
+    places = [point[0] for one in drawn for point in one.points]
+    if mark:
+        levels, places = [*levels, mark.y], [*places, mark.x]
+    across = make_scale(places, x, _LEFT, right)
     up = make_scale(levels, y, height - _BOTTOM, _TOP, num_ticks=max(2, round(height / 55)))
     return svg(
         title,
@@ -92,6 +106,7 @@ def line_chart(
         join(_line(one, across, up) for one in drawn),
         _end_labels(drawn, reference, up, right),
         _probes(drawn, across, up),
+        join([_mark(mark, across(mark.x), up(mark.y))] if mark else []),
     )
 
 
@@ -135,6 +150,16 @@ def _axes(across: Scale, up: Scale, x: Axis, y: Axis) -> Markup:
 def _reference(reference: Reference, across: Scale, up: Scale) -> Markup:
     level = up(reference.value)
     return element("line", x1=across.start, x2=across.stop, y1=level, y2=level, class_="reference")
+
+
+def _mark(mark: Mark, x: float, y: float) -> Markup:
+    return element(
+        "g",
+        text("title", f"{mark.label}: {figure(mark.y)} at {figure(mark.x)}"),
+        element("circle", cx=x, cy=y, r=8, class_="ring"),
+        text("text", mark.label, x=x + 12, y=y - 9, class_="label"),
+        class_="tone-d",
+    )
 
 
 def _area(one: Series, across: Scale, up: Scale) -> Markup:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fedlm.errors import OutputError
+from simulations.report.audits import audit_section
 from simulations.report.figures import bound, change, column, count, duration, figure, moment, size_unit
 from simulations.report.markup import Markup, element, escape, text
+from simulations.report.mechanisms import mechanism_section
 from simulations.report.panels import diagnostic_panels, epsilon_panel, fleet_panels, learning_panels
+from simulations.report.releases import metric_panels, release_panels
 from simulations.report.style import STYLE
 from simulations.report.tables import fold, pairs, rounds_table
+from simulations.report.wording import mechanism_in_words, sampler_in_words
 from simulations.run_files import Record, RunRecord, read_run
 from simulations.summary import RunSummary, summarise_record
 
-_BOUNDS = {"epsilon", "epsilon_of_this_fleet"}
+_BOUNDS = {"epsilon", "epsilon_of_this_fleet", "epsilon_as_published", "epsilon_realised"}
+_WORDS = {"mechanism": mechanism_in_words, "sampler": sampler_in_words}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -66,8 +72,11 @@ def render(record: RunRecord) -> Markup:
         _header(record, summary, name),
         _tiles(record, summary),
         _privacy(record),
+        *audit_section(record),
+        *mechanism_section(record),
         _section("Learning", *learning_panels(record)),
         _section("The fleet", *fleet_panels(record)),
+        *_releases(record),
         _diagnostics(record),
         _details(record),
         _footer(),
@@ -143,6 +152,8 @@ def _perplexity_tile(summary: RunSummary) -> Markup:
 def _epsilon_tile(record: RunRecord, summary: RunSummary) -> Markup:
     value = "none" if summary.epsilon is None else bound(summary.epsilon)
     note = f"at delta {figure(summary.delta)}" if summary.epsilon is not None else "no finite bound"
+    if summary.shows_realised:
+        note += f", planned; realised {bound(summary.epsilon_realised)}"
     return _tile("epsilon", value, note, stamps=record.stamps)
 
 
@@ -162,8 +173,8 @@ def _privacy(record: RunRecord) -> Markup:
     banner = [element("div", *(_stamp(stamp, "stamp") for stamp in record.stamps), class_="stamps")]
     statement = str(record.privacy.get("statement") or "This run makes no privacy statement.")
     figures = [
-        (key.replace("_", " "), bound(value) if key in _BOUNDS and value is not None else value)
-        for key, value in record.privacy.items()
+        (key.replace("_", " "), _figure(key, value))
+        for key, value in [*record.privacy.items(), *_realised(record).items()]
         if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
     ]
     claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"))
@@ -174,6 +185,23 @@ def _privacy(record: RunRecord) -> Markup:
         pairs(figures),
         class_="privacy stamped" if record.stamps else "privacy",
     )
+
+
+def _figure(key: str, value: Any) -> Any:
+    """Return a privacy figure as it is to be read: bounds rounded up, names in words."""
+    if key in _BOUNDS and value is not None:
+        return bound(value)
+    return _WORDS[key](value) if key in _WORDS and isinstance(value, str) else value
+
+
+def _realised(record: RunRecord) -> Record:
+    """Return what the participation ledger saw, and the epsilon that follows."""
+    names = {
+        "epsilon_realised": "epsilon_realised",
+        "separation": "separation_realised",
+        "max_participations": "most_participations_realised",
+    }
+    return {name: record.realised[key] for key, name in names.items() if key in record.realised}
 
 
 def _stamp(stamp: str, style: str, tag: str = "p") -> Markup:
@@ -188,6 +216,11 @@ def _short(stamp: str) -> str:
 
 def _section(title: str, *panels: Markup) -> Markup:
     return element("section", text("h2", title), element("div", *panels, class_="columns"))
+
+
+def _releases(record: RunRecord) -> list[Markup]:
+    panels = release_panels(record)
+    return [_section("Releases", *panels)] if panels else []
 
 
 def _diagnostics(record: RunRecord) -> Markup:
@@ -206,7 +239,7 @@ def _diagnostics(record: RunRecord) -> Markup:
         "section",
         text("h2", "Updates"),
         label,
-        element("div", *diagnostic_panels(record), class_="columns"),
+        element("div", *diagnostic_panels(record), *metric_panels(record), class_="columns"),
         class_="raw" if measured else None,
     )
 

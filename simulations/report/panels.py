@@ -13,9 +13,9 @@ from simulations.report.markup import Markup, element, text
 from simulations.run_files import Record, RunRecord, number
 from simulations.summary import lost_by_cause
 
-_ROUNDS = Axis("round", whole=True, from_zero=True, rounded=False)
+ROUNDS = Axis("round", whole=True, from_zero=True, rounded=False)
 _SMALL = 190.0
-_KINDS = {
+KINDS = {
     "lora_a": "LoRA, factors A",
     "lora_b": "LoRA, factors B",
     "bias": "biases",
@@ -38,10 +38,10 @@ def learning_panels(record: RunRecord) -> list[Markup]:
         ("Perplexity", "perplexity", 290.0),
         ("Bits per byte", "bits_per_byte", _SMALL),
     ):
-        points = _points(record.metrics, key)
+        points = points_of(record.metrics, key)
         by_traffic = tuple((traffic[int(place)], value) for place, value in points)
         panels += [
-            _learning(f"{name} by round", points, _ROUNDS, height, "Held-out users, exact softmax; lower is better."),
+            _learning(f"{name} by round", points, ROUNDS, height, "Held-out users, exact softmax; lower is better."),
             _learning(
                 f"{name} by traffic",
                 by_traffic,
@@ -55,7 +55,7 @@ def learning_panels(record: RunRecord) -> list[Markup]:
 
 def epsilon_panel(record: RunRecord) -> Markup:
     """Return the privacy spent against rounds, with the target where the config has one."""
-    points = _points(record.metrics, "epsilon")
+    points = points_of(record.metrics, "epsilon")
     delta = figure(number(record.privacy, "delta"))
     if number(record.metrics[-1], "epsilon") is None:
         return _absent("Epsilon by round", "No finite epsilon: this run gives no differential privacy guarantee.")
@@ -67,7 +67,7 @@ def epsilon_panel(record: RunRecord) -> Markup:
             [Series("epsilon", points, end=bound(points[-1][1]))],
             title="Epsilon by round",
             description=f"Epsilon reaches {bound(points[-1][1])} at round {points[-1][0]:.0f}.",
-            x=_ROUNDS,
+            x=ROUNDS,
             y=Axis("epsilon", from_zero=True),
             reference=Reference(target, f"target {figure(target)}") if target else None,
             height=250.0,
@@ -100,14 +100,19 @@ def _learning(title: str, points: tuple[Point, ...], x: Axis, height: float, not
 
 def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
     series = [
-        Series("released", _points(record.metrics, "update_norm")),
-        Series("devices, p90", _points(raw, "client_norm_p90"), tone="c"),
-        Series("devices, median", _points(raw, "client_norm_median"), tone="b"),
+        Series("released", points_of(record.metrics, "update_norm")),
+        Series("devices, p90", points_of(raw, "client_norm_p90"), tone="c"),
+        Series("devices, median", points_of(raw, "client_norm_median"), tone="b"),
     ]
     values = [value for one in series for _, value in one.points]
     if not values:
         return _absent("Update norms by round", "No round has been trained yet.")
-    clip_norm = number(record.start, "clip_norm")
+    clip_norm, clip_norms = number(record.start, "clip_norm"), points_of(record.trained_rounds, "clip_norm")
+    if len({value for _, value in clip_norms}) > 1:
+        # It follows the norms: a line of its own, in place of the level it started from.
+        clip_norm = None
+        series.append(Series("clip norm", clip_norms, tone="d"))
+        values += [value for _, value in clip_norms]
     compared = " and the devices' own updates before clipping" if any(one.points for one in series[1:]) else ""
     return card(
         "Update norms by round",
@@ -116,7 +121,7 @@ def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
             series,
             title="Update norms by round",
             description="; ".join(f"{one.label} ends at {figure(one.points[-1][1])}" for one in series if one.points),
-            x=_ROUNDS,
+            x=ROUNDS,
             y=Axis("L2 norm", log=suits_log([*values, *([clip_norm] if clip_norm else [])]), from_zero=True),
             reference=Reference(clip_norm, f"clip norm {figure(clip_norm)}") if clip_norm else None,
         ),
@@ -124,7 +129,7 @@ def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
 
 
 def _clipping(raw: Sequence[Record]) -> Markup:
-    points = tuple((place, 100 * share) for place, share in _points(raw, "clip_fraction"))
+    points = tuple((place, 100 * share) for place, share in points_of(raw, "clip_fraction"))
     if not points:
         return _absent("Clipped devices by round", "This run did not measure it.")
     return card(
@@ -134,7 +139,7 @@ def _clipping(raw: Sequence[Record]) -> Markup:
             [Series("% clipped", points, end=f"{points[-1][1]:.0f} %")],
             title="Clipped devices by round",
             description=f"{points[-1][1]:.0f} per cent of the devices are clipped in the last round.",
-            x=_ROUNDS,
+            x=ROUNDS,
             y=Axis("% of devices", from_zero=True),
         ),
     )
@@ -151,7 +156,7 @@ def _payload(record: RunRecord) -> Markup:
     total = sizes.total()
     bars = [
         Bar(
-            label=f"{_KINDS.get(kind, kind)} ({count(blocks[kind], 'block')})",
+            label=f"{KINDS.get(kind, kind)} ({count(blocks[kind], 'block')})",
             value=size,
             shown=f"{data_size(size)} · {share(size, total)}",
             hover=f"{size:,} bytes",
@@ -192,9 +197,9 @@ def _device_seconds(record: RunRecord) -> list[Markup]:
     if not lines:
         return []
     series = [
-        Series("slowest", _points(lines, "device_s_max")),
-        Series("p90", _points(lines, "device_s_p90"), tone="c"),
-        Series("median", _points(lines, "device_s_median"), tone="b"),
+        Series("slowest", points_of(lines, "device_s_max")),
+        Series("p90", points_of(lines, "device_s_p90"), tone="c"),
+        Series("median", points_of(lines, "device_s_median"), tone="b"),
     ]
     values = [value for one in series for _, value in one.points]
     if not values:
@@ -210,7 +215,7 @@ def _device_seconds(record: RunRecord) -> list[Markup]:
                 description="; ".join(
                     f"{one.label} ends at {figure(one.points[-1][1])} s" for one in series if one.points
                 ),
-                x=_ROUNDS,
+                x=ROUNDS,
                 y=Axis("seconds", log=suits_log([value for value in values if value > 0]), from_zero=True),
                 height=_SMALL,
             ),
@@ -218,7 +223,8 @@ def _device_seconds(record: RunRecord) -> list[Markup]:
     ]
 
 
-def _points(lines: Sequence[Record], key: str) -> tuple[Point, ...]:
+def points_of(lines: Sequence[Record], key: str) -> tuple[Point, ...]:
+    """Return (round, figure) of the lines that have the figure."""
     return tuple((float(line["round"]), value) for line in lines if (value := number(line, key)) is not None)
 
 

@@ -69,6 +69,7 @@ h1 { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-
 .strong { color: var(--a); font-weight: 650; }
 .warn { color: var(--alarm); font-weight: 650; }
 
+.card .note, .scroll + .note { margin-top: 10px; }
 .columns { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; align-items: stretch; }
 .card { padding: 18px 20px 14px; border: 1px solid var(--rule); border-radius: 14px;
   background: var(--card); }
@@ -105,11 +106,15 @@ svg .reference { stroke: var(--soft); stroke-dasharray: 2 3; stroke-width: 1.2; 
 .tone-a { --tone: var(--a); --dash: none; }
 .tone-b { --tone: var(--b); --dash: 7 3; }
 .tone-c { --tone: var(--c); --dash: 2 2.5; }
+.tone-d { --tone: var(--ink); --dash: 9 3 2 3; }
+.tone-e { --tone: var(--soft); --dash: 5 4; }
+.tone-f { --tone: var(--soft); --dash: 1.5 4; }
 svg .line { fill: none; stroke: var(--tone); stroke-width: 2.2; stroke-linejoin: round;
   stroke-dasharray: var(--dash); }
 svg .dense { stroke-width: 1.2; stroke-dasharray: none; }
 svg .area { fill: var(--tone); opacity: 0.1; }
 svg .mark { fill: var(--tone); stroke: var(--card); stroke-width: 1.5; }
+svg .ring { fill: none; stroke: var(--tone); stroke-width: 2.4; }
 svg .label { fill: var(--tone); font-weight: 650; paint-order: stroke; stroke: var(--card); stroke-width: 4px;
   stroke-linejoin: round; }
 svg .label.quiet { fill: var(--soft); font-weight: 500; }

@@ -18,6 +18,7 @@ _FIGURES = {
     "devices": "devices",
     "failed": "failed",
     "update_norm": "update norm",
+    "clip_norm": "clip norm",
     "snr": "SNR",
     "log_z_mean": "log Z mean",
     "log_z_std": "log Z std",
@@ -41,21 +42,37 @@ def rounds_table(record: RunRecord) -> Markup:
     failed = {event.get("round"): event.get("failed") or {} for event in record.events("round")}
     lines = [{**line, "failed": _failed(failed.get(line["round"]))} for line in record.metrics]
     lost_lines = [failed.get(line["round"], {}) for line in record.metrics]
+    dp_lines = [line.get("dp_metrics") or {} for line in record.metrics]
+    dp_metrics = list(dict.fromkeys(name for line in dp_lines for name in line))
     raw_lines = [line.get("non_private") or {} for line in record.metrics]
     columns = [_column(lines, key) for key in _FIGURES]
+    columns += [_column(dp_lines, name) for name in dp_metrics]
     columns += [_column(lost_lines, cause) for cause in causes]
     columns += [_column(raw_lines, key) for key in _RAW_FIGURES]
     groups = element(
         "tr",
         element("td", colspan=len(_FIGURES)),
+        *([text("th", "DP metrics", colspan=len(dp_metrics), scope="colgroup")] if dp_metrics else []),
         *([text("th", "failed, by cause", colspan=len(causes), scope="colgroup", class_="group")] if causes else []),
         text("th", "simulation only, not private", colspan=len(_RAW_FIGURES), scope="colgroup", class_="group"),
     )
-    names = [*_FIGURES.values(), *causes, *_RAW_FIGURES.values()]
-    heads = element("tr", *(text("th", name, scope="col") for name in names))
-    rows = [element("tr", *(text("td", cell) for cell in row)) for row in zip(*columns, strict=True)]
-    table = element("table", element("thead", groups, heads), element("tbody", *rows))
-    return element("div", table, class_="scroll", role="region", tabindex="0", aria_label="Table of rounds")
+    shown = [name.replace("_", " ") for name in dp_metrics]
+    names = [*_FIGURES.values(), *shown, *causes, *_RAW_FIGURES.values()]
+    return table(names, zip(*columns, strict=True), "Table of rounds", groups)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str, *above: Markup) -> Markup:
+    """Return a table that scrolls in its own frame.
+
+    Arguments:
+        header, rows: As many names as cells in each row.
+        label: What it is, for a screen reader.
+        above: Rows over the header.
+    """
+    heads = element("tr", *(text("th", name, scope="col") for name in header))
+    body = element("tbody", *(element("tr", *(text("td", cell) for cell in row)) for row in rows))
+    framed = element("table", element("thead", *above, heads), body)
+    return element("div", framed, class_="scroll", role="region", tabindex="0", aria_label=label)
 
 
 def pairs(entries: Iterable[tuple[str, object]]) -> Markup:

@@ -237,6 +237,8 @@ def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: py
         2.0,
         None,
         None,
+        "",
+        "",
         "none",
         10,
         10,
@@ -255,6 +257,33 @@ def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: py
     plain = capsys.readouterr().out
     assert "lost" not in plain
     assert "virtual" not in plain
+
+
+def test_a_summary_sets_the_realised_epsilon_beside_the_planned_one(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {"devices_trained": 70, "bytes_up_per_device": 10, "bytes_down_per_device": 10, "devices_sampled": 100}
+    unknown = dict.fromkeys(("perplexity_initial", "perplexity", "bits_per_byte", "peak_device_mb", "virtual_hours"))
+    summary = RunSummary(
+        run_dir="runs/x",
+        rounds=3,
+        epsilon=2.0,
+        epsilon_realised=1.50001,
+        delta=1e-6,
+        mechanism="blt",
+        sampler="separated",
+        privacy_statement="claim",
+        devices_per_second=1.0,
+        seconds=1.0,
+        lost_by_cause={},
+        **counts,  # type: ignore[arg-type]
+        **unknown,  # type: ignore[arg-type]
+    )
+    _print_summary(summary, json=False)
+    told = capsys.readouterr().out
+    assert "epsilon 2 planned, 1.51 realised, at delta 1e-6" in told  # bounds are rounded up
+    assert "buffered linear Toeplitz" in told
+    assert "a device rests" in told
+    _print_summary(replace(summary, sampler="poisson", epsilon_realised=2.0), json=False)
+    assert "realised" not in capsys.readouterr().out
 
 
 def test_config_check_and_show_tell_the_resolved_config(config: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlm.cli.app import app
-from fedlm.errors import ConfigError, OutputError
+from fedlm.errors import ConfigError, DataError, OutputError
 from fedlm.privacy import accounting
 
 FLEET = ["--population", "2000", "--cohort", "100", "--rounds", "60", "--delta", "1e-6"]
@@ -100,10 +100,24 @@ def test_compare_prints_rows_advice_and_a_plot(tmp_path: Path) -> None:
     assert len(found["advice"]) == 2
     root = ElementTree.fromstring(drawing.read_text())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(root.findall(".//{*}path[@class='line']")) == 3
+    assert len(root.findall(".//{*}path[@class='line']")) == 6  # every mechanism but local noise
     table = run(*words)
     assert found["advice"][1] in table
     assert "needs" in table.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (FLEET[2:], "--population missing"),
+        ([], "--population, --cohort, --rounds, --delta missing"),
+        ([*FLEET, "--run", "x"], "--run x has its own --population, --cohort, --rounds, --delta"),
+        (["--run", "/no/such/run"], "is not a run folder"),
+    ],
+)
+def test_compare_takes_numbers_or_a_run(words: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        run("compare", *words)
 
 
 def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -193,6 +193,22 @@ def test_a_received_sum_does_not_alias_the_message() -> None:
         total.to_arrays()[0][0] = 1
 
 
+def test_what_a_sum_shows_of_itself_cannot_be_written_to() -> None:
+    total = Clipper(1.0).new_sum(3)
+    total.add(np.array([0.5, 0, 0], np.float32))
+    before = integers(total)
+    view, _ = total.to_arrays()
+    views = [view, view[:2], view.view(np.uint64), view.reshape(1, 3), np.asarray(view), np.frombuffer(view, np.int64)]
+    for one in views:
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            one.flags.writeable = True
+        with pytest.raises(ValueError, match="read-only"):
+            one[...] = 0
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        view.setflags(write=True)
+    assert integers(total) == before
+
+
 def test_sums_cannot_be_built_pickled_or_copied_around_the_clip() -> None:
     with pytest.raises(TypeError, match="new_sum"):
         ClippedSum(3, Clipper(1.0))

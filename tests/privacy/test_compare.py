@@ -8,6 +8,7 @@ from fedlm.errors import ConfigError
 from fedlm.privacy import accounting, mechanisms
 from fedlm.privacy.compare import advice, best, compare
 from fedlm.privacy.mechanisms import Participation
+from fedlm.privacy.mechanisms.banded import best_band
 
 SMALL = {"population": 2_000, "cohort": 100, "rounds": 40, "delta": 1e-6}
 
@@ -37,6 +38,30 @@ def test_rows_are_the_mechanisms_of_a_run() -> None:
     assert (row.num_vectors, row.needs_ledger, row.real_fleet) == (2, True, True)
     # Every device of local DP adds noise for itself: sqrt(100) times as much in the sum, and for sensitivity 2 C.
     assert rows["local"].prefix_rmse == pytest.approx(20 * rows["gaussian"].prefix_rmse)
+
+
+@pytest.mark.parametrize(
+    ("population", "cohort", "rounds", "max_vectors"), [(2_000, 100, 40, 0), (20_000, 100, 300, 0), (20_000, 50, 100, 15)]
+)
+def test_the_band_is_the_one_that_a_run_would_choose(
+    population: int, cohort: int, rounds: int, max_vectors: int
+) -> None:
+    epsilons = [8.0, 0.5, 2.0]  # in any order
+    rows = compare(
+        population=population,
+        cohort=cohort,
+        rounds=rounds,
+        delta=1e-6,
+        epsilons=epsilons,
+        max_vectors=max_vectors,
+    )
+    rule = Participation("cyclic_poisson", population, cohort, rounds, 0, 1, rounds)
+    for epsilon in epsilons:
+        (row,) = [row for row in rows if row.epsilon == epsilon and row.mechanism.startswith("banded, cyclic")]
+        made = best_band(rule, epsilon=epsilon, delta=1e-6, max_bands=max_vectors + 1 if max_vectors else 0)
+        z = made.noise_multiplier(epsilon=epsilon, delta=1e-6)
+        assert row.num_vectors == made.bands - 1
+        assert row.prefix_rmse == z * made.prefix_rmse()
 
 
 def test_more_privacy_costs_more_noise_for_every_mechanism_and_memory_keeps_its_limit() -> None:

@@ -28,7 +28,10 @@ def test_every_figure_of_a_finished_run(tmp_path: Path) -> None:
         "perplexity": pytest.approx(perplexity),
         "bits_per_byte": pytest.approx(math.log2(perplexity) / 5.42),
         "epsilon": pytest.approx(0.55 + 0.26 * math.sqrt(30)),
+        "epsilon_realised": pytest.approx(1.9),
         "delta": 1e-6,
+        "mechanism": "gaussian",
+        "sampler": "poisson",
         "privacy_statement": STATEMENT,
         "bytes_up_per_device": UP,
         "bytes_down_per_device": DOWN,
@@ -39,6 +42,25 @@ def test_every_figure_of_a_finished_run(tmp_path: Path) -> None:
         "lost_by_cause": {"not enough memory": 30, "dropped out": 20},
         "virtual_hours": None,
     }
+
+
+def test_realised_participation_counts_only_at_the_last_round(tmp_path: Path) -> None:
+    path = write_run(tmp_path) / "ledger.jsonl"
+    assert summarise(tmp_path).shows_realised
+    _edit_last(path, epsilon_realised=summarise(tmp_path).epsilon)
+    assert not summarise(tmp_path).shows_realised
+    # An interrupted session's figure says nothing of the rounds after it.
+    _edit_last(path, epsilon_realised=1.2, round=29)
+    assert summarise(tmp_path).epsilon_realised is None
+    assert not summarise(tmp_path).shows_realised
+
+
+@pytest.mark.parametrize("name", ["audit.json", "compare.json"])
+@pytest.mark.parametrize("broken", ["", "[]", "{"])
+def test_a_broken_file_beside_the_run_is_named(tmp_path: Path, name: str, broken: str) -> None:
+    (write_run(tmp_path) / name).write_text(broken)
+    with pytest.raises(DataError, match=name):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])

@@ -6,6 +6,7 @@ blt         separated                                         `buffers` vectors
 banded      cyclic_poisson, separated                         `bands` - 1 vectors
 tree        separated                                         log2 T vectors
 local       separated, any other                              nothing else
+skellam     poisson, fixed, separated                         devices that add it
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedlm.privacy.mechanisms.base import Mechanism, Participation, RoundNoise
 from fedlm.privacy.mechanisms.blt import Blt
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.privacy.mechanisms.local import Local
+from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.mechanisms.tree import Tree
 from fedlm.privacy.ranges import require_count, require_number
 
@@ -29,7 +31,8 @@ _CLASSES: dict[str, type[Gaussian | Blt | Banded | Tree | Local]] = {
     kind.name: kind for kind in (Gaussian, Blt, Banded, Tree, Local)
 }
 NAMES = tuple(_CLASSES)
-SAMPLERS = {name: kind.samplers for name, kind in _CLASSES.items()}
+"""Mechanisms whose noise the server adds; beside them there is "skellam"."""
+SAMPLERS = {kind.name: kind.samplers for kind in (*_CLASSES.values(), DistributedSkellam)}
 """Samplers of each mechanism, the default first."""
 
 
@@ -43,11 +46,14 @@ def create(
     bands: int = 0,
     buffers: int = 2,
     max_bands: int = 0,
+    size: int = 0,
+    grid_bits: int = 16,
+    min_survivors: int = 0,
 ) -> Mechanism:
     """Return the mechanism of a run, its matrix chosen for the participation rule.
 
     Arguments:
-        name: One of `NAMES`.
+        name: One of `SAMPLERS`.
         participation: Its sampler is one of `SAMPLERS[name]`. "cyclic_poisson" with separation 1 leaves the number of
             classes to the number of bands.
         delta, epsilon: The target, which decides the best band under cyclic Poisson sampling.
@@ -55,12 +61,13 @@ def create(
         bands: Of "banded"; 0: the best (`best_band`).
         buffers: Of "blt".
         max_bands: The most that `bands` = 0 may choose; 0: no limit.
+        size, grid_bits, min_survivors: Of "skellam"; the first has to be given.
 
     Raises:
         ConfigError: An impossible combination.
     """
-    if name not in NAMES:
-        raise ConfigError(f"privacy.mechanism = {name!r} is not built in; use one of {', '.join(NAMES)}")
+    if name not in SAMPLERS:
+        raise ConfigError(f"privacy.mechanism = {name!r} is not built in; use one of {', '.join(SAMPLERS)}")
     require_count("privacy.bands", bands)
     if name == "banded":
         if bands:
@@ -71,6 +78,10 @@ def create(
         raise ConfigError(f"privacy.bands = {bands} has no meaning for privacy.mechanism = {name!r}; set it to 0")
     if name == "blt":
         return Blt.optimised(participation, buffers=buffers)
+    if name == DistributedSkellam.name:
+        return DistributedSkellam.planned(
+            participation, size=size, grid_bits=grid_bits, min_survivors=min_survivors, delta=delta
+        )
     kinds: dict[str, type[Gaussian | Tree | Local]] = {"gaussian": Gaussian, "tree": Tree, "local": Local}
     return kinds[name](participation)
 
@@ -82,9 +93,11 @@ def from_fields(fields: Mapping[str, Any]) -> Mechanism:
         DataError: Not such fields, or a field missing, of a wrong type or out of range.
     """
     name = fields.get("name")
+    if name == DistributedSkellam.name:
+        return DistributedSkellam.from_fields(fields)
     if not isinstance(name, str) or name not in NAMES:
         raise DataError(
-            f"stored mechanism {name!r} is not one of {', '.join(NAMES)}; it is of another version of fedlm"
+            f"stored mechanism {name!r} is not one of {', '.join(SAMPLERS)}; it is of another version of fedlm"
         )
     return _CLASSES[name].from_fields(fields)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedlm.config.schema import PrivacyConfig, StrategyConfig
+from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.privacy.testkit.clip_bound import clip_bound
 from fedlm.privacy.testkit.cohorts import cohorts
 from fedlm.privacy.testkit.dense_support import dense_support
@@ -41,9 +41,11 @@ class StrategyCheck:
         strategy: StrategyMaker,
         privacy_config: PrivacyConfig | None = None,
         strategy_config: StrategyConfig | None = None,
+        rows_config: RowsConfig | None = None,
     ) -> None:
         """Run the check; arguments as for `check_strategy`."""
-        make = StrategySubject(strategy, privacy_config or PrivacyConfig(), strategy_config or StrategyConfig())
+        privacy, own = privacy_config or PrivacyConfig(), strategy_config or StrategyConfig()
+        make = StrategySubject(strategy, privacy, own, rows_config)
         CHECKS[self.name](make)
 
     def __str__(self) -> str:
@@ -62,7 +64,10 @@ def strategy_checks() -> list[StrategyCheck]:
 
 
 def check_strategy(
-    strategy: StrategyMaker, privacy_config: PrivacyConfig | None = None, strategy_config: StrategyConfig | None = None
+    strategy: StrategyMaker,
+    privacy_config: PrivacyConfig | None = None,
+    strategy_config: StrategyConfig | None = None,
+    rows_config: RowsConfig | None = None,
 ) -> None:
     """Run every check against a strategy under a privacy plan; some seconds.
 
@@ -70,6 +75,7 @@ def check_strategy(
         strategy: The class, or whatever makes a strategy from a `StrategyConfig`.
         privacy_config: Mechanism and options; clip norm, noise and fleet are the kit's. Default: DP-FedAvg.
         strategy_config: Given to the strategy.
+        rows_config: DP selection of embedding rows; the kit sets the count.
 
     Raises:
         PrivacyTestFailure: One sentence: which guarantee broke, how, with figures.
@@ -79,7 +85,7 @@ def check_strategy(
         what it finds.
     """
     for check in strategy_checks():
-        check(strategy, privacy_config, strategy_config)
+        check(strategy, privacy_config, strategy_config, rows_config)
 
 
 def check_subject(make: Make) -> None:

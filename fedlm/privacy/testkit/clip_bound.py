@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
 from fedlm.privacy.testkit.subject import Make, Setting
-from fedlm.privacy.testkit.worlds import CROWDS, SLACK, ask, distance, drawn_probes, probes
+from fedlm.privacy.testkit.worlds import CROWDS, SLACK, ask, distance, drawn_probes, joined, probes, without
 from fedlm.trainable.spec import Vector
 
 SETTING = Setting(
@@ -37,14 +37,15 @@ def clip_bound(make: Make) -> None:
 
 
 def _one_device(make: Make, setting: Setting, crowd: str, place: int, updates: dict[str, Vector]) -> None:
-    cohort = make(setting).sample_cohort(1)
+    first = make(setting)
+    cohort = first.sample_cohort(1)
     device = int(cohort[place])
     others = CROWDS[crowd](setting, cohort[cohort != device], 1)
-    without = ask(make(setting), 1, others, crowd)
+    neighbour = ask(first, 1, without(first.claim, others, device, setting.size), crowd)
     for name, update in updates.items():
         subject = make(setting)
-        outcome = ask(subject, 1, dict(sorted((others | {device: update}).items())), f"{name}; {crowd}")
-        change = distance(outcome, without, subject.claim.noise_multiplier)
+        outcome = ask(subject, 1, joined(others, device, update), f"{name}; {crowd}")
+        change = distance(outcome, neighbour, subject.claim, len(others) + 1)
         if not change <= 1 + SLACK:
             raise PrivacyTestFailure(
                 f"clip bound: a device with {name} ({crowd}) changes the release by {change:.4g} C / n, allowed is 1"

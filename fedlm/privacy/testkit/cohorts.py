@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from fedlm.privacy.testkit import statistics
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
-from fedlm.privacy.testkit.subject import Floats, Make, Setting, Subject
+from fedlm.privacy.testkit.subject import Claim, Floats, Make, Setting, Subject
 
 SETTING = Setting(
     size=8, fleet_size=50, cohort=10, clip_norm=0.5, noise_multiplier=1.0, rounds=400, seed=18, reproducible=False
@@ -22,8 +23,9 @@ def cohorts(make: Make) -> None:
         make: Makes the runs under examination.
 
     Raises:
-        PrivacyTestFailure: Cohorts are not sorted distinct devices, are not reproducible, or (where Poisson sampling is
-            claimed) are not independent coins of probability q.
+        PrivacyTestFailure: Cohorts are not sorted distinct devices, or not reproducible; a device comes earlier or more
+            often, or a cohort is larger, than claimed; or (where Poisson sampling is claimed, also in classes or cut
+            at a cap) they are not independent coins of probability q.
 
     Guarantee:
         False alarms: below 1e-7 (54 tests at 1e-10; the seed's cohorts are deterministic, so an honest sampler that
@@ -38,9 +40,14 @@ def cohorts(make: Make) -> None:
             f"cohorts: {changed:,} of {len(rounds):,} rounds have another cohort when they are asked for again; a "
             "cohort must be a function of seed and round"
         )
-    q = subject.claim.sampling_probability
-    if q is not None:
-        _poisson(present, q)
+    _turns(present, subject.claim)
+    q, cap = subject.claim.sampling_probability, subject.claim.largest_cohort
+    if q is None:
+        return
+    eligible = _eligible(present, subject.claim.separation)
+    _counts(present, eligible, _truncated(q, cap) if cap else q)
+    if not cap:
+        _independent(present, eligible, q)
 
 
 def _present(subject: Subject, round_number: int) -> Floats:
@@ -55,23 +62,62 @@ def _present(subject: Subject, round_number: int) -> Floats:
     return row
 
 
-def _poisson(present: Floats, q: float) -> None:
-    rounds, fleet = present.shape
-    for device, count in enumerate(present.sum(axis=0)):
-        if not statistics.binomial(int(count), rounds, q) >= statistics.ALPHA:
+def _turns(present: Floats, claim: Claim) -> None:
+    """Check separation, number of participations and size of cohorts: what a ledger enforces, without statistics."""
+    for device, rounds in enumerate(np.flatnonzero(row) + 1 for row in present.T):
+        gap = int(np.diff(rounds).min(initial=len(present)))
+        if gap < claim.separation:
+            raise PrivacyTestFailure(
+                f"cohorts: device {device} comes again after {gap} rounds, the claim is {claim.separation} or more"
+            )
+        if claim.max_participations and len(rounds) > claim.max_participations:
+            raise PrivacyTestFailure(
+                f"cohorts: device {device} is in {len(rounds)} cohorts, the claim is {claim.max_participations} at most"
+            )
+    largest = int(present.sum(axis=1).max())
+    if claim.largest_cohort and largest > claim.largest_cohort:
+        raise PrivacyTestFailure(f"cohorts: one has {largest} devices, the claim is {claim.largest_cohort} at most")
+
+
+def _eligible(present: Floats, classes: int) -> npt.NDArray[np.bool_]:
+    """Return in which rounds (T, N) each device can be sampled: those of its class, which its first round tells."""
+    rounds = np.arange(len(present)) % classes  # (T,)
+    return np.asarray(rounds[:, None] == rounds[present.argmax(axis=0)][None, :])
+
+
+def _truncated(q: float, cap: int) -> float:
+    """Return the probability of a device to be in a cohort of independent coins that is cut at `cap` at random."""
+    fleet, keep = SETTING.fleet_size, 0.0
+    for others in range(fleet):
+        probability = math.comb(fleet - 1, others) * q**others * (1 - q) ** (fleet - 1 - others)
+        keep += probability * min(1.0, cap / (others + 1))
+    return q * keep
+
+
+def _counts(present: Floats, eligible: npt.NDArray[np.bool_], q: float) -> None:
+    for device, (count, rounds) in enumerate(zip(present.sum(axis=0), eligible.sum(axis=0), strict=True)):
+        if (present[:, device] > eligible[:, device]).any():
+            raise PrivacyTestFailure(f"cohorts: device {device} is in the cohorts of more than one class")
+        if rounds and not statistics.binomial(int(count), int(rounds), q) >= statistics.ALPHA:
             raise PrivacyTestFailure(
                 f"cohorts: device {device} is in {count:.0f} of {rounds} cohorts, Poisson sampling at q = {q:g} "
                 f"expects {rounds * q:.0f}"
             )
-    cells = rounds * fleet
-    centred = (present - q) / math.sqrt(q * (1 - q))
+
+
+def _independent(present: Floats, eligible: npt.NDArray[np.bool_], q: float) -> None:
+    centred = np.where(eligible, (present - q) / math.sqrt(q * (1 - q)), 0.0)
+    pairs = (eligible.sum(axis=1).astype(np.float64) ** 2 - eligible.sum(axis=1)).sum()
     # Each is a sum of uncorrelated terms of mean 0 and variance 1 for independent coins; normal to good approximation.
     figures = {
         "devices of one round are not independent (sizes vary too little or too much)": (
-            (centred.sum(axis=1) ** 2 - (centred**2).sum(axis=1)).sum() / math.sqrt(2 * cells * (fleet - 1))
+            (centred.sum(axis=1) ** 2 - (centred**2).sum(axis=1)).sum() / math.sqrt(2 * pairs)
         ),
-        "consecutive rounds are not independent": (centred[1:] * centred[:-1]).sum() / math.sqrt((rounds - 1) * fleet),
     }
+    if eligible.all():
+        figures["consecutive rounds are not independent"] = (centred[1:] * centred[:-1]).sum() / math.sqrt(
+            (len(present) - 1) * present.shape[1]
+        )
     for what, deviations in figures.items():
         if statistics.two_sided(float(deviations)) < statistics.ALPHA:
             raise PrivacyTestFailure(f"cohorts: {what}, {deviations:.3g} standard deviations from Poisson sampling")

@@ -12,7 +12,7 @@ import numpy as np
 from fedlm.privacy.testkit import statistics
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
 from fedlm.privacy.testkit.subject import Floats, Make, Setting
-from fedlm.privacy.testkit.worlds import ask, known_mean, whitened
+from fedlm.privacy.testkit.worlds import ask, known_mean, whitened_rounds
 from fedlm.trainable.spec import RowIds, Vector
 
 SETTING = Setting(
@@ -49,7 +49,7 @@ def dense_support(make: Make) -> None:
                     f"dense support: round {t} ({world}) released {outcomes[-1].release.size:,} of {SETTING.size:,} "
                     "coordinates; which ones are missing must not follow the data"
                 )
-        _look(whitened(subject, outcomes, means), world, touched)
+        _look(whitened_rounds(subject, outcomes, means), world, touched)
 
 
 def _worlds() -> Mapping[str, slice]:
@@ -76,15 +76,16 @@ def _updates(world: str, touched: slice, cohort: RowIds, round_number: int) -> d
     return dict.fromkeys(map(int, cohort), update)
 
 
-def _look(noise: Floats, world: str, touched: slice) -> None:
-    silent = np.abs(noise) < _SILENT  # (T, P)
-    for t, count in enumerate(silent.sum(axis=1), start=1):
-        if count >= _MOST_SILENT:
+def _look(rounds: list[Floats], world: str, touched: slice) -> None:
+    for t, row in enumerate(rounds, start=1):
+        if (count := int(np.sum(np.abs(row) < _SILENT))) >= _MOST_SILENT:
             raise PrivacyTestFailure(
                 f"dense support: {count:,} of {SETTING.size:,} coordinates have no noise in round {t} ({world}); "
                 "noise has to be added everywhere, whatever the data"
             )
-    if count := int(silent.all(axis=0).sum()):
+    size = min(map(len, rounds))
+    noise = np.array([row[:size] for row in rounds])  # (T, P)
+    if count := int((np.abs(noise) < _SILENT).all(axis=0).sum()):
         raise PrivacyTestFailure(f"dense support: {count:,} coordinates never have noise ({world})")
     is_touched = np.zeros(noise.shape[1], bool)
     is_touched[touched] = True

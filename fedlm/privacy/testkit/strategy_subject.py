@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from fedlm.config.schema import PrivacyConfig, StrategyConfig
+from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.privacy.adaptation import Released
 from fedlm.privacy.clipping import ClippedSum, Clipper
 from fedlm.privacy.plan import PrivacyPlan
+from fedlm.privacy.riders import DPMetrics, Facts, WordMap
+from fedlm.privacy.testkit.facts import facts_of
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
 from fedlm.privacy.testkit.subject import Claim, Floats, Outcome, Setting, Subject
 from fedlm.privacy.testkit.whitening import whitening
@@ -49,32 +51,43 @@ class StrategyRun:
     Arguments:
         strategy: The class, or whatever makes a strategy from its configuration.
         strategy_config, privacy_config: As in the experiment; the setting replaces clip norm, noise and fleet.
+        rows_config: Of DP row selection; None: the rows that take part stay.
         setting: Of the kit.
     """
 
     def __init__(
-        self, strategy: StrategyMaker, strategy_config: StrategyConfig, privacy_config: PrivacyConfig, setting: Setting
+        self,
+        strategy: StrategyMaker,
+        strategy_config: StrategyConfig,
+        privacy_config: PrivacyConfig,
+        rows_config: RowsConfig | None,
+        setting: Setting,
     ) -> None:
-        self._arguments = (strategy, strategy_config, privacy_config, setting)
-        self._setting, self._strategy = setting, strategy(strategy_config)
-        self._plan = PrivacyPlan.from_json(_stored_plan(privacy_config, replace(setting, seed=0)), seed=setting.seed)
+        self._arguments = (strategy, strategy_config, privacy_config, rows_config, setting)
+        self._setting, self._strategy, self._rows_config = setting, strategy(strategy_config), rows_config
+        stored = _stored_plan(privacy_config, rows_config, replace(setting, seed=0))
+        self._plan = PrivacyPlan.from_json(stored, seed=setting.seed)
         self._keys = _Keys([])
         self._plan.keep_keys(self._keys)
         full = _full_spec(setting.size)
-        self._spec = full.with_rows(np.arange(1, 2 * (setting.size // 8), 2))
-        self._privacy = self._plan.first_state(self._spec)
+        self._public_spec = _public_spec(setting.size)
+        self._privacy = self._plan.first_state(self._public_spec)
         values = stream(seed_key(setting.seed), "values").standard_normal(full.size, np.float32)  # (P_full,)
         self._state = self._strategy.init(full, values)
 
-    @property
+    @cached_property
     def claim(self) -> Claim:
         """What the plan states."""
-        is_poisson = self._plan.mechanism.participation.sampler == "poisson"
+        rule, mechanism = self._plan.fleet_rule, self._plan.mechanism
         return Claim(
             noise_multiplier=self._plan.noise_multiplier,
             cohort=self._plan.cohort,
-            sampling_probability=self._plan.sampling_probability if is_poisson else None,
-            matrix=whitening(self._plan.mechanism),
+            sampling_probability=rule.sampling_probability if "poisson" in rule.sampler else None,
+            matrix=whitening(mechanism),
+            separation=rule.separation,
+            max_participations=rule.max_participations,
+            largest_cohort=rule.cohort if rule.sampler == "fixed" else rule.cap,
+            by_report=mechanism.name == "local",
         )
 
     def sample_cohort(self, round_number: int) -> RowIds:
@@ -85,11 +98,20 @@ class StrategyRun:
         """Add up, release, step."""
         return self._step(round_number, updates, lambda total: self._release(total, round_number))
 
+    def _spec(self, round_number: int) -> UpdateSpec:
+        """Return the round's: public rows, or those that DP row selection chose, filled up to the same number."""
+        if self._rows_config is None or round_number <= self._rows_config.selection_rounds:
+            return self._public_spec
+        chosen, public = self._plan.selected_rows(self._privacy), _public_rows(self._setting.size)
+        rest = np.setdiff1d(public, chosen)
+        return _full_spec(self._setting.size).with_rows(np.sort(np.append(chosen, rest[: len(public) - len(chosen)])))
+
     def replay(self, round_number: int, updates: Mapping[int, Vector], release: Floats) -> Outcome:
         """Step on a release of the journal, as a resumed run does."""
-        clipper = self._plan.clipper(self._privacy, self._spec, round_number)
-        # Correlated noise goes on from the draws of all earlier rounds; reproducible, they are those of the recording.
-        self._plan.release(clipper.new_sum(self._setting.size), round_number)
+        clipper = self._plan.clipper(self._privacy, self._spec(round_number), round_number)
+        if self._plan.mechanism.keeps_noise:
+            # It goes on from the draws of all earlier rounds; reproducible, they are those of the recording.
+            self._plan.release(clipper.new_sum(self._setting.size), round_number)
         return self._step(round_number, updates, lambda total: self._split(release, clipper))
 
     def restarted(self) -> Subject:
@@ -109,14 +131,19 @@ class StrategyRun:
         yield clipper.new_sum(self._setting.size)
         for device in updates:
             total = clipper.new_sum(self._setting.size)
-            total.add(updates[device])
+            total.add(updates[device], self._facts(clipper, updates[device]))
             yield total
+
+    def _facts(self, clipper: Clipper, update: Vector) -> Facts:
+        asked = any(isinstance(rider, DPMetrics | WordMap) for rider in clipper.riders)
+        return facts_of(update, len(_public_rows(self._setting.size)) * 2) if asked else Facts()
 
     def _step(
         self, round_number: int, updates: Mapping[int, Vector], mean: Callable[[ClippedSum], Released]
     ) -> Outcome:
-        clipper = self._plan.clipper(self._privacy, self._spec, round_number)
-        state, values = replace(self._state, total=None), self._spec.gather(self._state.values)
+        spec = self._spec(round_number)
+        clipper = self._plan.clipper(self._privacy, spec, round_number)
+        state, values = replace(self._state, total=None), spec.gather(self._state.values)
         for contribution in self._contributions(clipper, updates):
             state = self._strategy.accumulate(state, contribution)
         found: list[Released] = []
@@ -125,17 +152,17 @@ class StrategyRun:
             found.append(mean(total))
             return found[-1].mean.copy()  # a strategy may write into it
 
-        self._state, diagnostics = self._strategy.finish(state, Release(self._spec, noted))
+        self._state, diagnostics = self._strategy.finish(state, Release(spec, noted))
         if len(found) != 1:
             raise PrivacyTestFailure(
                 f"contract: round {round_number} asked for release.mean {len(found)} times; finish must ask once"
             )
         released = found[0]
-        self._privacy = self._plan.next_state(self._privacy, self._spec, round_number, values=values, released=released)
+        self._privacy = self._plan.next_state(self._privacy, spec, round_number, values=values, released=released)
         flat = np.concatenate([released.mean, *(released.answers[rider.name] for rider in clipper.riders)])
-        return Outcome(flat.astype(np.float64), self._std(clipper), self._public(diagnostics))
+        return Outcome(flat.astype(np.float64), self._std(clipper, len(updates)), self._public(diagnostics, spec))
 
-    def _std(self, clipper: Clipper) -> Floats:
+    def _std(self, clipper: Clipper, num_reports: int) -> Floats:
         """Return the stated noise (P + Q,) of the mean and of each rider's answer, in their own units."""
         std = np.full(self._setting.size, self._plan.noise_std(clipper), np.float32)  # (P,)
         if clipper.geometry:
@@ -144,7 +171,9 @@ class StrategyRun:
                 std[start:stop] *= np.float32(factor)
         one = self._plan.noise_multiplier / self._plan.expected_cohort
         answers = [np.full(rider.size, one * rider.bound / rider.share) for rider in clipper.riders]
-        return np.concatenate([std.astype(np.float64), *answers])
+        # Each report of local privacy hides two updates 2 C apart.
+        growth = 2 * max(num_reports, 1) ** 0.5 if self.claim.by_report else 1.0
+        return np.concatenate([std.astype(np.float64), *answers]) * growth
 
     def _split(self, release: Floats, clipper: Clipper) -> Released:
         """Return what the plan released as the flat vector (P + Q,)."""
@@ -155,9 +184,12 @@ class StrategyRun:
         mean = release[: self._setting.size].astype(np.float32)
         return Released(mean, answers, self._plan.noise_std(clipper))
 
-    def _public(self, diagnostics: Mapping[str, float]) -> dict[str, Any]:
+    def _public(self, diagnostics: Mapping[str, float], spec: UpdateSpec) -> dict[str, Any]:
         state = {"values": self._state.values.copy(), "num_steps": np.array(self._state.num_steps)}
         state["privacy state"] = np.frombuffer(self._privacy.to_text().encode(), np.uint8)
+        state["row ids"] = np.array(spec.row_ids)
+        if self._privacy.word_scores is not None:
+            state["word scores"] = self._privacy.word_scores.copy()
         state |= {f"slot {name}": array.copy() for name, array in self._state.slots.items()}
         return state | {f"diagnostic {name}": np.array(value) for name, value in diagnostics.items()}
 
@@ -170,21 +202,23 @@ class StrategySubject:
         strategy: The class, or whatever makes a strategy from its configuration.
         privacy_config: Mechanism and options; the setting replaces clip norm, noise and fleet.
         strategy_config: Given to the strategy.
+        rows_config: DP selection of embedding rows; the kit sets the count.
         run: The adapter; a subclass changes what it has to.
     """
 
     strategy: StrategyMaker
     privacy_config: PrivacyConfig = field(default_factory=PrivacyConfig)
     strategy_config: StrategyConfig = field(default_factory=StrategyConfig)
+    rows_config: RowsConfig | None = None
     run: type[StrategyRun] = StrategyRun
 
     def __call__(self, setting: Setting) -> StrategyRun:
         """Return a new run."""
-        return self.run(self.strategy, self.strategy_config, self.privacy_config, setting)
+        return self.run(self.strategy, self.strategy_config, self.privacy_config, self.rows_config, setting)
 
 
 @lru_cache(maxsize=64)
-def _stored_plan(config: PrivacyConfig, setting: Setting) -> str:
+def _stored_plan(config: PrivacyConfig, rows: RowsConfig | None, setting: Setting) -> str:
     """Return the text of a plan, made once for all seeds: some mechanisms are optimised, which takes a second."""
     config = replace(
         config,
@@ -202,11 +236,14 @@ def _stored_plan(config: PrivacyConfig, setting: Setting) -> str:
         fleet_size=setting.fleet_size,
         cohort=setting.cohort,
         seed=setting.seed,
+        rows=replace(rows, sampler="dp_adafest", count=len(_public_rows(setting.size))) if rows else None,
+        vocabulary_size=2 * len(_public_rows(setting.size)),
         moments=_MOMENTS if config.allocation != "isotropic" else None,
     )
     return plan.to_json()
 
 
+@lru_cache(maxsize=8)
 def _full_spec(size: int) -> UpdateSpec:
     """Return a spec whose rounds have `size` coordinates when half of its rows take part."""
     if size % 8:
@@ -214,3 +251,13 @@ def _full_spec(size: int) -> UpdateSpec:
     return UpdateSpec.build(
         [("w", "dense", (size // 4,)), ("b", "bias", (size // 4,)), ("input_table", "rows", (2 * (size // 8), 4))]
     )
+
+
+@lru_cache(maxsize=8)
+def _public_spec(size: int) -> UpdateSpec:
+    return _full_spec(size).with_rows(_public_rows(size))
+
+
+def _public_rows(size: int) -> RowIds:
+    """Return every second row: what takes part where nothing is selected."""
+    return np.arange(1, 2 * (size // 8), 2)

@@ -50,15 +50,25 @@ class Claim:
     Arguments:
         noise_multiplier: z: one device changes a round's release, in units of `Outcome.std`, by at most 1/z in L2 norm.
         cohort: n, the public divisor of the release.
-        sampling_probability: q of each device in each round, independently; None for other samplers than Poisson.
+        sampling_probability: q of each device, independently, in each round in which it can be sampled: every one, or
+            with a separation b those of its class, the rounds t with one remainder of t / b. None: no such law.
         matrix: (T, T) C of correlated noise, lower triangular: C @ noise is iid over the rounds; None for independent
             noise.
+        separation: b: a device is in at most one of any b consecutive rounds.
+        max_participations: Most rounds of one device; 0: no limit.
+        largest_cohort: Cap on a round's devices, with q the coins before it; 0: none.
+        by_report: Every report brings its own noise, whose size no report may exceed by its influence: `Outcome.std`
+            grows with the root of the number of reports, which is public, and neighbours send zero instead of nothing.
     """
 
     noise_multiplier: float
     cohort: int
     sampling_probability: float | None = None
     matrix: Floats | None = None
+    separation: int = 1
+    max_participations: int = 0
+    largest_cohort: int = 0
+    by_report: bool = False
 
 
 @dataclass(frozen=True)

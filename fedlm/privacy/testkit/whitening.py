@@ -1,12 +1,13 @@
 """The matrix that makes the noise of a built-in mechanism independent again, from its paper's definition.
 
-Kept apart from the mechanisms' own streaming code on purpose: two ways to the same law check each other.
+Only the mechanism's stored public numbers are taken from it: two ways to the same law check each other.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -23,24 +24,38 @@ def whitening(mechanism: Mechanism) -> Floats | None:
         mechanism: Of a plan.
 
     Raises:
-        ConfigError: Its noise is not known here, or not one of the sum.
+        ConfigError: Its noise is not known here.
     """
-    if mechanism.name == "local":
-        raise ConfigError(
-            "privacy.mechanism = 'local' noises replies, not the sum; the kit examines central mechanisms"
-        )
     if not mechanism.keeps_noise:
         return None
+    rounds, numbers = mechanism.participation.rounds, mechanism.to_fields()
     if mechanism.name == "tree":
-        return _of_tree(mechanism.participation.rounds)
-    column: Any = getattr(mechanism, "column", None)  # (T,) or as many as are not zero
-    if column is None:
-        raise ConfigError(f"privacy.mechanism = {mechanism.name!r} has no `column`; write a Subject that states its C")
-    rounds = mechanism.participation.rounds
-    padded = np.zeros(rounds)
-    padded[: min(rounds, len(column))] = column[:rounds]
-    lags = np.subtract.outer(np.arange(rounds), np.arange(rounds))  # (T, T)
-    return np.where(lags >= 0, padded[np.maximum(lags, 0)], 0.0)
+        return _of_tree(rounds)
+    if mechanism.name == "blt":
+        return _of_blt(numbers["poles"], numbers["zeros"], rounds)
+    if mechanism.name == "banded":
+        return _of_banded(numbers["bands"], rounds)
+    raise ConfigError(f"privacy.mechanism = {mechanism.name!r} is not known here; write a Subject that states its C")
+
+
+def _of_blt(poles: Sequence[float], zeros: Sequence[float], rounds: int) -> Floats:
+    """Return C (T, T) = P^-1 Z, P and Z the triangles of the polynomials prod (1 - pole x) and prod (1 - zero x).
+
+    Source: Dvijotham et al. 2024, 2404.16706: a BLT is the Toeplitz matrix of a rational generating function.
+    """
+    # A polynomial with these roots has, highest power first, the coefficients of the product by rising powers of x.
+    below, above = (_toeplitz(np.asarray(np.poly(roots), np.float64), rounds) for roots in (poles, zeros))
+    return np.tril(np.linalg.solve(below, above))
+
+
+def _of_banded(bands: int, rounds: int) -> Floats:
+    """Return C (T, T), its column binomial(2 i, i) / 4^i for i < b, as in Kalinin and Lampert 2024, 2405.13763."""
+    return _toeplitz(np.array([math.comb(2 * i, i) / 4**i for i in range(bands)]), rounds)
+
+
+def _toeplitz(column: Floats, rounds: int) -> Floats:
+    """Return the lower triangle (T, T) with this first column (any length)."""
+    return sum((np.eye(rounds, k=-i) * value for i, value in enumerate(column[:rounds])), np.zeros((rounds, rounds)))
 
 
 def _of_tree(rounds: int) -> Floats:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
-from fedlm.privacy.testkit.subject import Floats, Outcome, Setting, Subject
+from fedlm.privacy.testkit.subject import Claim, Floats, Outcome, Setting, Subject
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.spec import RowIds, Vector
 
@@ -76,6 +76,16 @@ SMALL_CROWDS: Mapping[str, Crowd] = {
     name: crowd for name, crowd in CROWDS.items() if name != "the others agree on a huge update"
 }
 """Crowds whose sum is known without knowing how the clip works: below the bound, or zero."""
+
+
+def without(claim: Claim, others: Mapping[int, Vector], device: int, size: int) -> dict[int, Vector]:
+    """Return the neighbouring world: the device stays away or, where every report has its own noise, sends zero."""
+    return dict(others) if not claim.by_report else joined(others, device, np.zeros(size, np.float32))
+
+
+def joined(others: Mapping[int, Vector], device: int, update: Vector) -> dict[int, Vector]:
+    """Return the updates of all devices, in the order of their ids."""
+    return dict(sorted({**others, device: update}.items()))
 
 
 def known_mean(updates: Mapping[int, Vector], setting: Setting, outcome: Outcome) -> Floats:
@@ -180,27 +190,41 @@ def _guarded(run: Callable[[], Outcome], round_number: int, world: str) -> Outco
 def whitened(subject: Subject, outcomes: list[Outcome], means: list[Floats]) -> Floats:
     """Return Z (T, P): the noise of rounds 1..T in units of its claimed std, after the stated C; iid N(0, 1).
 
-    In worlds without contributions riders answer zero, so that their noise is looked at too: give means of the whole
-    release there.
-
     Arguments:
         subject: For its claim.
         outcomes: Of rounds 1..T.
         means: (P,) what each release is without noise.
     """
     size = min(len(mean) for mean in means)
+    return np.array(whitened_rounds(subject, outcomes, [mean[:size] for mean in means]))
+
+
+def whitened_rounds(subject: Subject, outcomes: list[Outcome], means: list[Floats]) -> list[Floats]:
+    """Return `whitened` round by round (P',), as far as each mean goes: riders ask in some rounds and not in others.
+
+    In worlds without contributions riders answer zero, so that their noise is looked at too: give means of the whole
+    release there. Correlated noise needs equal coordinates in all rounds.
+    """
     rows = [
-        (outcome.release[:size].astype(np.float64) - mean[:size]) / _head(outcome.std, size)
+        (outcome.release[: len(mean)].astype(np.float64) - mean) / _head(outcome.std, len(mean))
         for outcome, mean in zip(outcomes, means, strict=True)
     ]
-    noise, matrix = np.array(rows), subject.claim.matrix  # (T, P), (T, T)
-    return noise if matrix is None else matrix[: len(rows), : len(rows)] @ noise
+    matrix = subject.claim.matrix  # (T, T)
+    if matrix is None:
+        return rows
+    size = min(map(len, rows))
+    return list(matrix[: len(rows), : len(rows)] @ np.array([row[:size] for row in rows]))
 
 
-def distance(left: Outcome, right: Outcome, noise_multiplier: float) -> float:
-    """Return how far two releases lie apart, in units of what one device may change: z |difference / std|."""
+def distance(left: Outcome, right: Outcome, claim: Claim, num_reports: int) -> float:
+    """Return how far two releases lie apart, in units of what one device may change: z |difference / std|.
+
+    Noise by report hides two updates up to 2 C apart, so one beside zero may change half of it, in units of the noise
+    of its own report.
+    """
     difference = (left.release.astype(np.float64) - right.release.astype(np.float64)) / left.std
-    return noise_multiplier * float(np.linalg.norm(difference))
+    unit = 2 * math.sqrt(max(num_reports, 1)) if claim.by_report else 1.0
+    return claim.noise_multiplier * unit * float(np.linalg.norm(difference))
 
 
 def _head(std: float | Floats, size: int) -> float | Floats:

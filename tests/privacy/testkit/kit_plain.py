@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,41 @@ class Adaptive(Plain):
 
     def moved(self, excess: float) -> float:
         return self.clip_norm * float(np.exp(-0.2 * np.clip(excess, -0.5, 0.5)))
+
+
+class Scaled(Plain):
+    """Divides by public scales before the clip and multiplies the release by them."""
+
+    def start(self) -> None:
+        self.scales = np.where(np.arange(self.setting.size) < self.setting.size // 2, 0.5, 2.0)
+
+    def clip(self, update: Any) -> Floats:
+        return super().clip(update / self.scales) * self.scales
+
+    def stated_std(self) -> Floats:
+        return super().stated_std() * self.scales
+
+    def noise(self, t: int, updates: Updates) -> Floats:
+        return super().noise(t, updates) * self.scales
+
+    def state(self, t: int, updates: Updates) -> dict[str, Any]:
+        return super().state(t, updates) | {"scales": self.scales}
+
+
+class Separated(Plain):
+    """Devices come in turn, each in every (N / n)-th round."""
+
+    @property
+    def claim(self) -> Claim:
+        return replace(super().claim, sampling_probability=None, separation=self.turns)
+
+    @property
+    def turns(self) -> int:
+        return self.setting.fleet_size // self.setting.cohort
+
+    def sample_cohort(self, t: int) -> npt.NDArray[np.int64]:
+        order = stream(seed_key(self.setting.seed), "slots").permutation(self.setting.fleet_size)
+        return np.sort(order[t % self.turns :: self.turns])
 
 
 class Correlated(Plain):

@@ -3,38 +3,76 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import kit_mutants
 import pytest
-from kit_plain import Adaptive, Correlated, Plain
+from kit_plain import Adaptive, Correlated, Plain, Scaled, Separated
 
-from fedlm.config.schema import PrivacyConfig
+from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.privacy import cohorts
+from fedlm.privacy.allocation import KINDS
+from fedlm.privacy.mechanisms import NAMES, SAMPLERS
+from fedlm.privacy.riders import METRICS
 from fedlm.privacy.testkit import CHECKS, Make, PrivacyTestFailure, StrategySubject, check_strategy, strategy_checks
 from server.strategies import FedAdam, FedAvg
 
-CORRECT: dict[str, Make] = {
-    "plain": Plain,
-    "adaptive clip": Adaptive,
-    "correlated": Correlated,
-    "fedavg": StrategySubject(FedAvg),
-    "fedadam": StrategySubject(FedAdam),
-    "fedavg, adaptive clip": StrategySubject(FedAvg, PrivacyConfig(clip_quantile=0.5)),
-    "fedavg, adaptive allocation and a metric": StrategySubject(
-        FedAvg, PrivacyConfig(allocation="adaptive", metrics=("train_loss",))
+ALL = tuple(CHECKS)
+SUM = ("clip bound", "record and replay", "noise law")
+KEPT = ("record and replay", "noise law", "fresh noise", "dense support", "post-processing", "cohorts")
+
+
+def plan(**options: Any) -> StrategySubject:
+    return StrategySubject(FedAvg, PrivacyConfig(**options))
+
+
+CORRECT: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "plain": (Plain, ALL),
+    "adaptive clip": (Adaptive, ALL),
+    "pre-conditioned": (Scaled, ALL),
+    "in turn": (Separated, ALL),
+    "correlated": (Correlated, ALL),
+    "fedavg": (plan(), ALL),
+    "fedadam": (StrategySubject(FedAdam), ("record and replay", "fresh noise", "dense support", "post-processing")),
+    "fedavg, adaptive clip": (plan(clip_quantile=0.5), ALL),
+    "fedavg, row selection and metrics": (
+        StrategySubject(FedAvg, PrivacyConfig(metrics=tuple(METRICS)), rows_config=RowsConfig(selection_rounds=2)),
+        ("clip bound", *KEPT),
     ),
-    "fedavg, clip norm by group": StrategySubject(FedAvg, PrivacyConfig(allocation="per_group")),
-    "fedavg, BLT": StrategySubject(FedAvg, PrivacyConfig(mechanism="blt")),
-    "fedavg, banded": StrategySubject(FedAvg, PrivacyConfig(mechanism="banded", bands=2)),
-    "fedavg, tree": StrategySubject(FedAvg, PrivacyConfig(mechanism="tree")),
-    "fedavg, fixed cohorts": StrategySubject(FedAvg, PrivacyConfig(sampler="fixed")),
+    "fedavg, adaptive allocation and a metric": (
+        plan(allocation="adaptive", metrics=("train_loss",)),
+        (*SUM, "fresh noise", "dense support", "post-processing"),
+    ),
+    "fedavg, public scales": (plan(allocation="public"), SUM),
+    "fedavg, clip norm by group": (plan(allocation="per_group"), (*SUM, "two worlds")),
+    "fedavg, allocation as published": (plan(allocation="published"), (*SUM, "post-processing")),
+    "fedavg, BLT and a metric": (plan(mechanism="blt", metrics=("num_tokens",)), KEPT),
+    "fedavg, banded, cyclic": (plan(mechanism="banded", bands=2), (*KEPT, "two worlds")),
+    "fedavg, banded, separated": (plan(mechanism="banded", bands=3, sampler="separated"), KEPT),
+    "fedavg, tree": (plan(mechanism="tree"), KEPT),
+    "fedavg, fixed cohorts": (plan(sampler="fixed"), ("record and replay", "cohorts")),
+    "fedavg, cut cohorts": (plan(sampler="truncated_poisson", cap=11), ("record and replay", "cohorts", "two worlds")),
+    "fedavg, cohorts in turn": (plan(sampler="separated"), ("record and replay", "cohorts")),
+    "fedavg, local noise": (plan(mechanism="local"), ALL),
+    "fedavg, local noise and a metric": (plan(mechanism="local", sampler="poisson", metrics=("train_loss",)), KEPT),
 }
+"""What must pass, and the checks of it whose outcome could differ from that of the others."""
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "testkit.md"
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", CORRECT)
+@pytest.mark.parametrize(
+    ("name", "check"), [(name, check) for name, (_, checks) in CORRECT.items() for check in checks]
+)
 def test_correct_implementations_pass(name: str, check: str) -> None:
-    CHECKS[check](CORRECT[name])
+    CHECKS[check](CORRECT[name][0])
+
+
+def test_every_option_of_privacy_that_changes_a_release_is_examined() -> None:
+    examined = [make.privacy_config for make, _ in CORRECT.values() if isinstance(make, StrategySubject)]
+    assert {config.mechanism for config in examined} == set(NAMES)
+    assert {config.allocation for config in examined} == set(KINDS)
+    assert {config.sampler or SAMPLERS[config.mechanism][0] for config in examined} == {*cohorts.SAMPLERS}
+    assert {metric for config in examined for metric in config.metrics} == set(METRICS)
 
 
 @pytest.mark.parametrize("name", kit_mutants.MUTANTS)
@@ -56,6 +94,7 @@ def test_a_third_party_gets_a_named_test_for_each_check() -> None:
 
 
 def test_check_strategy_stops_at_the_first_lie() -> None:
-    lie = kit_mutants.MUTANTS["a strategy that doubles a sum through its view"][0]
+    lie = kit_mutants.MUTANTS["a strategy that doubles a sum behind its back"][0]
+    assert isinstance(lie, StrategySubject)
     with pytest.raises(PrivacyTestFailure, match="clip bound: a device with"):
         check_strategy(lie.strategy)

@@ -8,7 +8,9 @@ from scipy import stats
 
 from fedlm.privacy import accounting
 from fedlm.privacy.mechanisms import create
+from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Participation
+from fedlm.privacy.mechanisms.blt import Blt
 from fedlm.privacy.noise import NoiseStream
 from fedlm.privacy.testkit import statistics
 from fedlm.privacy.testkit.whitening import whitening
@@ -64,6 +66,28 @@ def test_the_trade_off_curve_is_that_of_the_accountant(mu: float) -> None:
     rates = np.logspace(-12, -0.01, 2_000)
     deltas = [statistics.trade_off(rate, mu) - np.exp(epsilon) * rate for rate in rates]
     assert max(deltas) == pytest.approx(delta, rel=0.01)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_the_whitening_of_a_blt_is_the_sum_of_its_buffers(buffers: int) -> None:
+    rule = Participation("separated", 400, 10, 60, separation=12, max_participations=5)
+    mechanism = Blt.optimised(rule, buffers=buffers)
+    zeros, poles = np.array(mechanism.zeros), np.array(mechanism.poles)
+    # One buffer after the other, by partial fractions at each pole: c_i = sum_j w_j pole_j^(i-1).
+    others = [np.delete(poles, j) for j in range(buffers)]
+    weights = [np.prod(p - zeros) / np.prod(p - rest) for p, rest in zip(poles, others, strict=True)]
+    column = [1.0, *(sum(w * p**i for w, p in zip(weights, poles, strict=True)) for i in range(59))]
+    wanted = [[column[t - s] if t >= s else 0.0 for s in range(60)] for t in range(60)]
+    np.testing.assert_allclose(whitening(mechanism), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_whitening_of_bands_squares_to_the_prefix_sum_within_them() -> None:
+    rule = Participation("separated", 400, 10, 20, separation=9, max_participations=3)
+    matrix = whitening(Banded(rule, 9))
+    assert matrix is not None
+    square = matrix @ matrix
+    assert np.tril(np.triu(square, -8)) == pytest.approx(np.tril(np.triu(np.ones((20, 20)), -8)))
+    assert not np.tril(matrix, -9).any()
 
 
 @pytest.mark.parametrize("name", ["tree", "blt", "banded"])

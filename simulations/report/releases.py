@@ -1,0 +1,152 @@
+"""What left the server, round by round: signal and noise of the release, scales by kind of block, DP metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from math import fsum, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.errors import DataError
+from fedlm.privacy.mechanisms import toeplitz
+from fedlm.privacy.mechanisms.banded import Banded
+from fedlm.privacy.mechanisms.base import Mechanism
+from fedlm.privacy.mechanisms.blt import Blt
+from fedlm.privacy.terms import PrivacyTerms
+from fedlm.trainable.spec import UpdateSpec
+from simulations.report.axes import Axis, suits_log
+from simulations.report.figures import figure
+from simulations.report.lines import Series, line_chart
+from simulations.report.markup import Markup
+from simulations.report.panels import KINDS, ROUNDS, card, points_of
+from simulations.run_files import Record, RunRecord, number
+
+_TONES = "abcdef"
+
+
+def release_panels(record: RunRecord) -> list[Markup]:
+    """Return signal and noise of the releases, and the scales; each only where the run's files have the figures."""
+    return [*_signal(record), *_scales(record)]
+
+
+def metric_panels(record: RunRecord) -> list[Markup]:
+    """Return a chart for each DP metric: as it left the devices, beside the devices' own mean where it was measured."""
+    lines = record.trained_rounds
+    names = dict.fromkeys(name for line in lines for name in line.get("dp_metrics") or {})
+    return [chart for name in names for chart in _metric(record, name)]
+
+
+def noise_norms(record: RunRecord) -> dict[int, float]:
+    """Return by round the expected norm of the noise in the released mean.
+
+    Empty where the files do not tell: without privacy, with a row set that was chosen on the way, with the allocation
+    as published, whose noise follows unwritten figures, with tree noise, and for a plan of another version.
+    """
+    terms: dict[str, Any] = {}
+    with suppress(DataError):  # a report must not fail for a plan that only a chart would have used
+        terms = PrivacyTerms.parse(record.plan_text)
+    blocks = record.start.get("blocks") or []
+    if not terms or not terms["enabled"] or not blocks:
+        return {}
+    adaptation = terms["adaptation"]
+    if adaptation.selection_rounds or adaptation.allocation == "published":
+        return {}
+    spec = UpdateSpec.build([(block["name"], block["kind"], (int(block["bytes"]) // 4,)) for block in blocks])
+    grown = _growth(terms["mechanism"])
+    if grown is None:
+        return {}
+    return {line["round"]: _noise_norm(line, terms, spec) * grown[line["round"] - 1] for line in record.trained_rounds}
+
+
+def _growth(mechanism: Mechanism) -> npt.NDArray[np.float64] | None:
+    """Return (T,) the standard deviation of a round's noise over that of its own draw; None: not known."""
+    rounds = mechanism.participation.rounds
+    if isinstance(mechanism, Banded | Blt):
+        return np.sqrt(np.cumsum(toeplitz.inverse_column(mechanism.column, rounds) ** 2))
+    return np.ones(rounds) if mechanism.name in ("gaussian", "local") else None
+
+
+def _noise_norm(line: Record, terms: Mapping[str, Any], spec: UpdateSpec) -> float:
+    """Return the norm of a round's own draw: z C / (a_0 n) in each coordinate, times its group's scale."""
+    adaptation, cohort = terms["adaptation"], terms["expected_cohort"]
+    state = adaptation.first_state(spec)
+    state = replace(state, clip_norm=number(line, "clip_norm") or state.clip_norm)
+    if state.allocation and line.get("scales"):
+        state = replace(state, allocation=replace(state.allocation, scales=tuple(line["scales"])))
+    clipper = adaptation.clipper(state, spec, line["round"])
+    spans, scales = ((0, spec.size, 0),), (1.0,)
+    if clipper.geometry:
+        spans, scales = clipper.geometry.spans, clipper.geometry.scales
+    squares = fsum((stop - start) * scales[group] ** 2 for start, stop, group in spans)
+    reports = (number(line, "devices") or 0.0) * cohort / terms["cohort"]
+    std = terms["noise_multiplier"] * clipper.clip_norm / (cohort * clipper.update_share)
+    return float(std * sqrt(squares) * terms["mechanism"].noise_growth(reports))
+
+
+def _signal(record: RunRecord) -> list[Markup]:
+    noise = noise_norms(record)
+    released = points_of(record.metrics, "update_norm")
+    if not noise or not released:
+        return []
+    place, last = released[-1]
+    signal = sqrt(max(last**2 - noise[int(place)] ** 2, 0.0))
+    ratio = f"signal to noise {figure(signal / noise[int(place)], 2)} in the last round"
+    series = [
+        Series("released", released),
+        Series("noise in it", tuple((float(t), norm) for t, norm in noise.items()), "b"),
+    ]
+    return [
+        card(
+            "Signal and noise by round",
+            "L2 norms of what was released and of the noise that the plan adds to it; signal is the root of the "
+            f"difference of their squares: {ratio}.",
+            _chart("Signal and noise by round", series, "L2 norm", ratio),
+        )
+    ]
+
+
+def _scales(record: RunRecord) -> list[Markup]:
+    kinds = list(dict.fromkeys(str(block["kind"]) for block in record.start.get("blocks") or ()))
+    lines = [line for line in record.trained_rounds if isinstance(line.get("scales"), list)]
+    series = []
+    for group in range(max((len(line["scales"]) for line in lines), default=0)):
+        kind = kinds[group] if group < len(kinds) else f"group {group + 1}"
+        points = tuple((float(line["round"]), float(line["scales"][group])) for line in lines)
+        series.append(Series(KINDS.get(kind, kind), points, _TONES[group % len(_TONES)]))
+    if not series:
+        return []
+    story = "; ".join(f"{one.label} ends at {figure(one.points[-1][1])}" for one in series)
+    return [
+        card(
+            "Scales by round",
+            "What each kind of block is divided by before the clip and multiplied by after it: the larger, the more of "
+            "the clip norm and of the noise it gets.",
+            _chart("Scales by round", series, "scale", story),
+        )
+    ]
+
+
+def _metric(record: RunRecord, name: str) -> list[Markup]:
+    pick = partial(points_of, key=name)
+    private = pick([{"round": line["round"], **(line.get("dp_metrics") or {})} for line in record.metrics])
+    own = pick([{"round": line["round"], **(line.get("non_private") or {})} for line in record.metrics])
+    if not private:
+        return []
+    words = name.replace("_", " ")
+    series = [Series("private", private), Series("not private", own, "b")]
+    beside = "; beside it the devices' own mean, not private" if own else ""
+    story = f"{words} ends at {figure(private[-1][1])}, with its noise"
+    title = f"DP metric {words} by round"
+    note = f"Mean over the devices with the noise that the plan pays for{beside}."
+    return [card(title, note, _chart(title, series, words, story))]
+
+
+def _chart(title: str, series: list[Series], label: str, story: str) -> Markup:
+    values = [value for one in series for _, value in one.points]
+    y = Axis(label, log=suits_log(values), from_zero=True)
+    return line_chart(series, title=title, description=story, x=ROUNDS, y=y, height=250.0)

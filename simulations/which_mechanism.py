@@ -1,0 +1,99 @@
+"""The mechanisms that a run could have had: compared for its own numbers, and kept in its folder for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlm.errors import DataError, OutputError
+from fedlm.privacy.compare import EPSILONS, Row, advice, compare
+from fedlm.privacy.terms import PrivacyTerms
+from server.run_folder import PLAN, write_atomically
+from simulations.report import write_report
+from simulations.run_files import COMPARISON, read_run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mechanisms for one fleet.
+
+    Arguments:
+        rows: One for each epsilon and mechanism.
+        advice: A sentence for each epsilon.
+        own: Of the run itself: mechanism, epsilon, prefix RMSE in clip norms, noise multiplier.
+    """
+
+    rows: Sequence[Row]
+    advice: Sequence[str]
+    own: Mapping[str, Any]
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return all of it, JSON-ready."""
+        return {"rows": [asdict(row) for row in self.rows], "advice": list(self.advice), "run": dict(self.own)}
+
+
+def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 0, max_vectors: int = 0) -> Comparison:
+    """Compare the mechanisms for the accounted fleet of a run, write compare.json, and render its report again.
+
+    Arguments:
+        run: The run folder.
+        epsilons: Beside the run's own; empty: 1, 2, 4 and 8.
+        separation: As for `fedlm.privacy.compare.compare`; 0: the run's where it keeps one.
+        max_vectors: Likewise.
+
+    Raises:
+        DataError: Not a run folder, or a run without privacy.
+        OutputError: The folder cannot be written.
+    """
+    read_run(run)
+    terms = _terms(run)
+    rule, epsilon = terms["mechanism"].participation, _target(terms)
+    kept = rule.separation if rule.sampler == "separated" else 0
+    rows = compare(
+        population=rule.population,
+        cohort=rule.cohort,
+        rounds=rule.rounds,
+        delta=terms["delta"],
+        epsilons=sorted({*(epsilons or EPSILONS), epsilon}),
+        separation=separation or kept,
+        max_vectors=max_vectors,
+    )
+    found = Comparison(rows, advice(rows), _own(terms, epsilon))
+    path = run / COMPARISON
+    try:
+        write_atomically(path, (json.dumps(found.to_fields(), indent=1, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; make the run folder writable") from error
+    write_report(run)
+    return found
+
+
+def _terms(run: Path) -> dict[str, Any]:
+    try:
+        terms = PrivacyTerms.parse((run / PLAN).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{run / PLAN} cannot be read: {error.strerror}; give the --out of a run") from error
+    if not terms["enabled"]:
+        raise DataError(f"{run} ran without privacy, so there is no epsilon to compare at; give a private run")
+    return terms
+
+
+def _target(terms: Mapping[str, Any]) -> float:
+    """Return the budget, or what the noise costs where only its multiplier was given."""
+    spent: float = terms["mechanism"].epsilon(
+        noise_multiplier=terms["noise_multiplier"], num_releases=terms["rounds"], delta=terms["delta"]
+    )
+    return float(terms["epsilon_target"]) or spent
+
+
+def _own(terms: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+    z, mechanism = terms["noise_multiplier"], terms["mechanism"]
+    return {
+        "mechanism": mechanism.name,
+        "epsilon": epsilon,
+        "prefix_rmse": z * mechanism.prefix_rmse(),
+        "noise_multiplier": z,
+    }

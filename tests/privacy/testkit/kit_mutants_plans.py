@@ -1,0 +1,118 @@
+"""Mistakes around a plan: its riders, row selection, published noise, keys and local noise."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from kit_registry import run_mutant
+
+from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.privacy.clipping import ClippedSum, Clipper
+from fedlm.privacy.mechanisms.gaussian import Gaussian
+from fedlm.privacy.riders import Facts, Rider
+from fedlm.privacy.testkit import Claim, StrategyRun
+from fedlm.trainable.spec import UpdateSpec, Vector
+
+SELECTION = RowsConfig(selection_rounds=2)
+BANDED = PrivacyConfig(mechanism="banded", bands=2)
+
+
+class OwnAnswers(StrategyRun):
+    """Writes answers of its own in the place of the riders', past the clip of answers."""
+
+    def answer(self, rider: Rider, facts: Facts) -> Any:
+        raise NotImplementedError
+
+    def _contributions(self, clipper: Clipper, updates: Mapping[int, Vector]) -> Iterable[ClippedSum]:
+        sums = iter(super()._contributions(clipper, updates))
+        yield next(sums)
+        for total, update in zip(sums, updates.values(), strict=True):
+            place = total.size
+            for rider in clipper.riders if np.isfinite(update).all() else ():
+                answer = self.answer(rider, self._facts(clipper, update)) * (rider.share / rider.bound * 2.0**40)
+                total._live()[place : place + rider.size] = np.clip(answer, -(2**50), 2**50)
+                place += rider.size
+            yield total
+
+
+@run_mutant("a DP metric without clip", "clip bound", PrivacyConfig(metrics=("train_loss",)))
+class _LooseMetric(OwnAnswers):
+    def answer(self, rider: Rider, facts: Facts) -> Any:
+        return np.array([np.nan_to_num(facts.loss) / 20, 1.0])
+
+
+@run_mutant("a word map that is not normalised", "clip bound", None, SELECTION)
+class _LooseWords(OwnAnswers):
+    def answer(self, rider: Rider, facts: Facts) -> Any:
+        return np.bincount(np.unique(facts.words), minlength=rider.size).astype(np.float64)
+
+
+@run_mutant("rows selected by raw words", "post-processing", None, SELECTION)
+class _RawSelection(StrategyRun):
+    def _facts(self, clipper: Clipper, update: Vector) -> Facts:
+        found = super()._facts(clipper, update)
+        self.raw_words = found.words if clipper.riders else self.raw_words
+        return found
+
+    def _spec(self, round_number: int) -> UpdateSpec:
+        spec = super()._spec(round_number)
+        if round_number <= SELECTION.selection_rounds or spec.full is None or not hasattr(self, "raw_words"):
+            return spec
+        rest = np.setdiff1d(spec.row_ids, self.raw_words)
+        return spec.full.with_rows(np.sort(np.append(np.unique(self.raw_words), rest)[: len(spec.row_ids)]))
+
+
+@run_mutant("answers of riders added after the noise", "dense support", PrivacyConfig(clip_quantile=0.5))
+class _LateAnswers(StrategyRun):
+    def _release(self, total: Any, round_number: int) -> Any:
+        rider, answer = total.clipper.riders[0], total.to_arrays()[0][total.size :].astype(np.float64)
+        exact = {rider.name: answer * (rider.bound / rider.share / 2.0**40 / self._setting.cohort)}
+        return replace(super()._release(total, round_number), answers=exact)
+
+
+@run_mutant(
+    "published allocation accounted at its nominal noise", "record and replay", PrivacyConfig(allocation="published")
+)
+class _Nominal(StrategyRun):
+    @property
+    def claim(self) -> Claim:
+        nominal = self._plan.noise_multiplier / self._plan.adaptation.noise_floor
+        return Claim(nominal, self._plan.cohort, self._plan.sampling_probability)
+
+
+@run_mutant("correlated noise with the keys of rounds that were never released", "fresh noise", BANDED)
+class _KeyAgain(StrategyRun):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kept: dict[int, int] = {}
+        self._plan._noise._key = lambda t: self.kept.setdefault(t, secrets.randbits(128))
+
+    def restarted(self) -> Any:
+        other = super().restarted()
+        other.kept = self.kept
+        return other
+
+
+@run_mutant("correlated noise that begins again after a restart", "fresh noise", BANDED)
+class _BuffersLost(StrategyRun):
+    def restarted(self) -> Any:
+        other: Any = super().restarted()
+        noise, done = other._plan._noise, len(self._keys.keys())
+
+        def begun(size: int) -> Any:
+            noise._done = done
+            return other._plan.mechanism.new_noise(size)
+
+        noise._replayed = begun
+        return other
+
+
+@run_mutant("local noise of one device for all", "noise law", PrivacyConfig(mechanism="local"))
+class _OneNoise(StrategyRun):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._plan._noise._mechanism = Gaussian(self._plan.mechanism.participation)

@@ -1,0 +1,141 @@
+"""Real runs whose devices add the noise themselves: the law, the model, kill and resume, bytes, empty rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from scipy.stats import kstest
+
+from fedlm.config.schema import Config
+from fedlm.errors import ConfigError
+from fedlm.privacy.plan import PrivacyPlan
+from simulations.run import resume, simulate
+
+Make = Callable[..., Config]
+
+TINY = (
+    "execution.grid=inprocess", "data.max_tokens_per_user=40", "fleet.cohort=12", "rounds=5", "execution.eval_every=0",
+    "execution.checkpoint_every=3", "model.d_model=16", "trainable.embedding_rows.count=40",
+)  # fmt: skip
+SKELLAM = "privacy.mechanism=skellam"
+QUIET_NOISE = ("privacy.epsilon=0", "privacy.noise_multiplier=0.0625", "privacy.reproducible_noise=false")
+
+
+class KilledError(Exception):
+    """Raised by a listener in mid-round."""
+
+
+def quiet(event: dict[str, object]) -> None:
+    """Ignore progress."""
+
+
+def stop_in(round_number: int) -> Callable[[dict[str, object]], None]:
+    def listener(event: dict[str, object]) -> None:
+        if event["event"] == "device_done" and event["round"] == round_number:
+            raise KilledError
+
+    return listener
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def first_release(run: Path) -> dict[str, Any]:
+    return load_file(run / "journal" / "round_000001.safetensors")
+
+
+def final(run: Path) -> dict[str, Any]:
+    return load_file(run / "checkpoints" / "round_000005.safetensors")
+
+
+def plan_of(run: Path) -> PrivacyPlan:
+    return PrivacyPlan.from_json((run / "plan.json").read_text(), seed=1)
+
+
+def test_a_release_is_the_gaussians_but_for_the_noise(small: Make, tmp_path: Path) -> None:
+    """Same cohorts, same training: the first releases differ by two independent noises of the plan's size."""
+    rest = (*TINY, *QUIET_NOISE, "execution.checkpoint_every=100")
+    for name in ("gaussian", "skellam"):
+        with pytest.raises(KilledError):
+            simulate(small(*rest, f"privacy.mechanism={name}"), tmp_path / name, stop_in(2))
+    mine, theirs = (first_release(tmp_path / name)["mean"] for name in ("skellam", "gaussian"))
+    plan = plan_of(tmp_path / "skellam")
+    std = 0.0625 * plan.clip_norm / plan.expected_cohort
+    noise = (mine.astype(np.float64) - theirs) / std / np.sqrt(2)
+    assert kstest(noise, "norm").pvalue > 1e-6
+    assert np.linalg.norm(theirs) > 0.2 * plan.clip_norm  # there was something to agree on
+
+
+def test_with_hardly_any_noise_the_model_is_that_without(small: Make, tmp_path: Path) -> None:
+    """Clipped at a norm that no update reaches, so that only grid and noise can tell the two runs apart."""
+    loose = ("privacy.clip_norm=0.6", "fleet.cohort=60")
+    simulate(small(*TINY, *QUIET_NOISE, *loose, SKELLAM), tmp_path / "skellam", quiet)
+    simulate(small(*TINY, *loose, "privacy.enabled=false"), tmp_path / "plain", quiet)
+    with pytest.raises(KilledError):
+        simulate(small(*TINY, *loose, "privacy.enabled=false"), tmp_path / "start", stop_in(1))
+    norms = [line["non_private"]["client_norm_median"] for line in lines(tmp_path / "plain", "metrics.jsonl")[1:]]
+    start = load_file(tmp_path / "start" / "checkpoints" / "round_000000.safetensors")["values"]
+    mine, exact = (final(tmp_path / name)["values"] - start for name in ("skellam", "plain"))
+    print("NORMS", norms, np.dot(mine, exact) / np.linalg.norm(mine) / np.linalg.norm(exact), len(mine), np.linalg.norm(exact))
+    assert np.dot(mine, exact) > 0.9 * np.linalg.norm(mine) * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_stopped_in_mid_round_resumes_to_the_same_bits(small: Make, tmp_path: Path, killed: bool) -> None:
+    """With every rider and a moving clip norm; the encoded sum's size changes after the first two rounds."""
+    config = small(
+        *TINY, SKELLAM, "privacy.clip_quantile=0.6", 'privacy.metrics=["train_loss"]', "privacy.allocation=adaptive",
+        "trainable.embedding_rows.sampler=dp_adafest", "trainable.embedding_rows.selection_rounds=2",
+        "trainable.embedding_rows.selection_threshold=0.5", "privacy.epsilon=4",
+    )  # fmt: skip
+    simulate(config, tmp_path / "quiet", quiet)
+    with pytest.raises(KilledError):
+        simulate(config, tmp_path / "run", stop_in(3))
+    if killed:
+        for file in (tmp_path / "run" / "checkpoints").glob("round_000002.*"):
+            file.unlink()
+    resume(tmp_path / "run", quiet)
+    mine, theirs = final(tmp_path / "run"), final(tmp_path / "quiet")
+    assert mine.keys() == theirs.keys()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+    end = lines(tmp_path / "run", "ledger.jsonl")[-1]
+    assert 0 < end["epsilon_realised"] <= 4 * (1 + 1e-4)
+
+
+def test_the_ledger_has_the_bits_of_the_encodings_and_both_guarantees(small: Make, tmp_path: Path) -> None:
+    simulate(small(*TINY, *QUIET_NOISE, SKELLAM, "rounds=2"), tmp_path / "run", quiet)
+    start, *rest = lines(tmp_path / "run", "ledger.jsonl")
+    size = len(first_release(tmp_path / "run")["mean"]) if (tmp_path / "run" / "journal").exists() else 0
+    size = size or sum(block["bytes"] for block in start["blocks"]) // 4
+    encoder = plan_of(tmp_path / "run").encoder(size)
+    assert encoder is not None
+    per_device = -(-encoder.padded_size * encoder.bits // 8)
+    rounds = [line for line in rest if "bytes_up" in line]
+    assert len(rounds) == 2
+    assert all(line["bytes_up"] == line["uploaded"] * per_device > 0 for line in rounds)
+    figures = start["privacy"]
+    assert figures["epsilon"] < figures["epsilon_server"]
+    assert figures["mechanism"] == "skellam"
+
+
+def test_a_round_without_a_quorum_or_without_anybody_is_released(small: Make, tmp_path: Path) -> None:
+    few = ("fleet.cohort=1", "rounds=5", "privacy.clip_quantile=0.5")
+    simulate(small(*TINY, *QUIET_NOISE, SKELLAM, *few), tmp_path / "run", quiet)
+    uploaded = [line["uploaded"] for line in lines(tmp_path / "run", "ledger.jsonl") if "uploaded" in line]
+    assert len(uploaded) == 5
+    assert 0 in uploaded  # else the seed has to be another one
+    assert np.isfinite(final(tmp_path / "run")["values"]).all()
+
+
+def test_a_mimicked_fleet_is_refused_before_the_first_round(small: Make, tmp_path: Path) -> None:
+    mimicked = ("privacy.population=1000000", "privacy.expected_cohort=1000")
+    with pytest.raises(ConfigError, match=r"set privacy\.population = 0"):
+        simulate(small(*TINY, SKELLAM, *mimicked), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
