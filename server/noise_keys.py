@@ -25,7 +25,7 @@ class NoiseKeys:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
+        self._path, self._next = folder / NAME, folder / f".{NAME}.tmp"
 
     def keys(self) -> list[int]:
         """Return the keys of rounds 1, 2, 3, ...; a torn last line belongs to a round that was not released.
@@ -64,14 +64,14 @@ class NoiseKeys:
                 "going on without them would add noise that nothing takes back"
             )
         text = "".join(f"{t} {key:032x}\n" for t, key in enumerate(keys[:last_round], 1))
-        temporary = self._path.with_name(f".{NAME}.{os.getpid()}.tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        handle = os.open(self._next, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "w") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(self._path)
+        self._next.replace(self._path)
 
     def forget(self) -> None:
-        """Delete the file: nothing will be released any more."""
-        self._path.unlink(missing_ok=True)
+        """Delete the file, and what a crash in `rewind` may have left: nothing will be released any more."""
+        for file in (self._path, self._next):
+            file.unlink(missing_ok=True)

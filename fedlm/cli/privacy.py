@@ -144,9 +144,8 @@ def compare(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the noise against epsilon.")] = None,
     json: Json = False,
 ) -> None:
-    """Print the noise of every mechanism at the same epsilon, and which to choose."""
-    numbers = {"--population": population, "--cohort": cohort, "--rounds": rounds, "--delta": delta or 0}
-    _require_numbers(numbers, run)
+    """Print the noise of every mechanism at the same epsilon, and which to choose; for a run, in its report too."""
+    _require_numbers({"--population": population, "--cohort": cohort, "--rounds": rounds, "--delta": delta or 0}, run)
     own = None
     if run is not None:
         from simulations.which_mechanism import compare_run
@@ -178,10 +177,8 @@ def compare(
 
 def _require_numbers(numbers: dict[str, float], run: Path | None) -> None:
     """Refuse numbers beside a run, which has its own, and missing ones without."""
-    given, missing = (
-        [name for name, number in numbers.items() if number],
-        [n for n, number in numbers.items() if not number],
-    )
+    given = [name for name, number in numbers.items() if number]
+    missing = [name for name in numbers if name not in given]
     if run is not None and given:
         raise ConfigError(f"--run {run} has its own {', '.join(given)}; leave out one or the other")
     if run is None and missing:

@@ -204,6 +204,11 @@ def _mechanism(config: Config) -> Iterator[str]:
             f"privacy.min_survivors = {privacy.min_survivors} needs privacy.mechanism = 'skellam'; set it, or "
             "privacy.min_survivors = 0"
         )
+    if privacy.clip_quantile and privacy.allocation == "per_group":
+        yield (
+            f"privacy.clip_quantile = {privacy.clip_quantile} follows norms that privacy.allocation = 'per_group' has "
+            "already bounded; set clip_quantile = 0, or another allocation"
+        )
     for name in privacy.metrics:
         if name not in METRIC_NAMES:
             yield f"privacy.metrics has {name!r}, choose from {', '.join(METRIC_NAMES)}"

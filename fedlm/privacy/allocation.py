@@ -35,6 +35,10 @@ SHARE = 0.1  # of the share-vector query: z_f = 10 z, 0.5 % more noise on the up
 LARGEST_SCALE = 30.0
 _DAMPING = 0.2  # part of the way, in logarithms, to the optimum of what one round tells
 _SENSITIVITY_DECAY, _UNCERTAINTY_DECAY, _MOMENT_DECAY = 0.85, 0.85, 0.9  # AdaLoRA's beta_1 and beta_2; ours
+_WARM_UP_ROUNDS = 10  # what is left of the noise after subtraction dominates the first averages
+_LEAST_IMPORTANCE = (
+    1e-2  # of the largest: a block that seems to matter less (all zeros, or noise alone) may yet be wrong
+)
 _LEAST_MOMENT = 1e-4  # of the energy: noise can make a share zero or negative
 
 Floats = npt.NDArray[np.float64]
@@ -78,11 +82,11 @@ class AllocationState:
 
     @property
     def importance(self) -> Floats:
-        """w_g (G,), with mean one: sensitivity times uncertainty, all equal before the first release."""
+        """w_g (G,), with mean one: sensitivity times uncertainty; all equal until the averages mean something."""
         product = np.asarray(self.sensitivity) * np.asarray(self.uncertainty)
-        if not product.any():
+        if self.num_rounds < _WARM_UP_ROUNDS or not product.any():
             return np.ones(len(product))
-        product = np.maximum(product, product.max() * 1e-6)
+        product = np.maximum(product, product.max() * _LEAST_IMPORTANCE)
         return np.asarray(product / product.mean())
 
     def to_fields(self) -> dict[str, Any]:

@@ -88,9 +88,7 @@ class Clipper:
         if self.clip_norm != math.inf:
             require_number("privacy.clip_norm", self.clip_norm, low=1e-12, high=1e12)
         elif self.geometry or self.riders or self.encoder:
-            raise ConfigError(
-                "without clipping there is no geometry, no rider and no encoder; set privacy.enabled = true"
-            )
+            raise ConfigError("without clipping there is no geometry, rider or encoder; set privacy.enabled = true")
         if not all(rider.share > 0 for rider in self.riders) or sum(rider.share**2 for rider in self.riders) > 0.5:
             shares = {rider.name: rider.share for rider in self.riders}
             raise ConfigError(
@@ -124,13 +122,15 @@ class Clipper:
         """
         try:
             fields = json.loads(text)
-            clip_norm, geometry, riders, encoder = (
-                fields[name] for name in ("clip_norm", "geometry", "riders", "encoder")
-            )
+            clip_norm, geometry, riders, encoder = (fields[k] for k in ("clip_norm", "geometry", "riders", "encoder"))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"a clipper cannot be read ({error}); server and node are of different versions") from error
-        found = Geometry.from_fields(geometry) if geometry else None
-        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders), _encoder(encoder))
+        from fedlm.privacy.skellam import Skellam  # it needs this module's units
+
+        found, design = Geometry.from_fields(geometry) if geometry else None, None
+        if encoder:
+            design = Skellam.from_fields(encoder)
+        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders), design)
 
     @property
     def unit(self) -> float:
@@ -246,9 +246,7 @@ class ClippedSum:
                 device by itself; nothing was added.
         """
         if self._asks_each:
-            raise ConfigError(
-                "add_many adds plain updates; with a geometry, riders or an encoder, call add for each device"
-            )
+            raise ConfigError("add_many adds plain updates; with geometry, riders or encoder, call add for each device")
         self._require_fp32(updates, (len(updates) if np.ndim(updates) else 0, self._size))
         self._live()
         self._reserve(len(updates))
@@ -482,13 +480,7 @@ class ClippedSum:
 
     def _check_magnitude(self, vector: IntVector, num_devices: int) -> None:
         if self._clipper.encoder:
-            largest = int(self._clipper.encoder.mask) if num_devices else 0
-            if vector.min() < 0 or vector.max() > largest:
-                raise DataError(
-                    f"encoded sum of {num_devices:,} devices has values from {vector.min():,} to {vector.max():,}, "
-                    f"allowed are 0 to {largest:,}; reduce it by the round's modulus"
-                )
-            return
+            return self._clipper.encoder.check_sum(vector, num_devices)
         if self.clip_norm == math.inf:
             size = max(int(vector.max()), -int(vector.min())) / _UNITS
             allowed = num_devices * _UNCLIPPED_PEAK
@@ -499,12 +491,7 @@ class ClippedSum:
             raise DataError(
                 f"sum of {num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; the sender did not clip"
             )
-
-
-def _encoder(fields: dict[str, Any] | None) -> Skellam | None:
-    from fedlm.privacy.skellam import Skellam  # it needs this module's units
-
-    return Skellam.from_fields(fields) if fields else None
+        return None
 
 
 def _require_int64(vector: IntVector) -> IntVector:

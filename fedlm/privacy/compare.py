@@ -146,7 +146,7 @@ def _candidates(apart: Participation, delta: float, max_vectors: int) -> list[_C
 
 
 class _BandSearch:
-    """Finds what `best_band` finds for cyclic Poisson sampling, with few calibrations; epsilons in ascending order.
+    """Finds what `best_band` finds for cyclic Poisson sampling, with few calibrations; fastest for ascending epsilons.
 
     Arguments:
         rule: Sampler "cyclic_poisson", the number of classes open.

@@ -43,7 +43,9 @@ from fedlm.trainable.spec import UpdateSpec, Vector
 
 _TOKEN = object()
 _CHUNK = 65_536
-_LARGEST_GAIN = 64  # of correlated noise over its largest draw: about 2 for BLT and banded, 34 for a tree over 2,000 rounds
+_LARGEST_GAIN = (
+    64  # of correlated noise over its largest draw: about 2 for BLT and banded, 34 for a tree over 2,000 rounds
+)
 _NO_DEVICES = "the corpus needs at least one training user"
 
 
@@ -244,7 +246,8 @@ class PrivacyPlan(PrivacyTerms):
     def selected_rows(self, state: PrivacyState) -> npt.NDArray[np.int64]:
         """Return the sorted ids of the embedding rows that DP row selection chose; see `Adaptation.selected_rows`."""
         share = self.adaptation.selection_share
-        std = self.noise_multiplier / (share * self.expected_cohort) if self.enabled else 0.0
+        noise = self.noise_multiplier * self.mechanism.noise_growth(self.expected_cohort)
+        std = noise / (share * self.expected_cohort) if self.enabled else 0.0
         return self.adaptation.selected_rows(state, answer_std=std)
 
     def sample_cohort(self, round_number: int) -> DeviceIds:
@@ -302,7 +305,8 @@ class PrivacyPlan(PrivacyTerms):
 
     def noise_std(self, clipper: Clipper) -> float:
         """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled."""
-        scale = self.noise_multiplier / (self.expected_cohort * clipper.update_share)
+        growth = self.mechanism.noise_growth(self.expected_cohort)
+        scale = self.noise_multiplier * growth / (self.expected_cohort * clipper.update_share)
         return scale * clipper.clip_norm if self.enabled else 0.0
 
     def _check_sum(self, total: ClippedSum, round_number: int) -> None:

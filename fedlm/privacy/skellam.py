@@ -331,6 +331,19 @@ class Skellam:
         centred += _noise(self.variance * (1 - num_devices / self.max_devices), centred.size, generator)
         return self._rotate_back(centred.astype(np.float64))[: self.size] * 2.0**-self.grid_bits
 
+    def check_sum(self, vector: IntVector, num_devices: int) -> None:
+        """Refuse what cannot be a sum modulo 2^m of so many encodings; more nobody can see.
+
+        Raises:
+            DataError: A value out of range.
+        """
+        largest = int(self.mask) if num_devices else 0
+        if vector.min() < 0 or vector.max() > largest:
+            raise DataError(
+                f"encoded sum of {num_devices:,} devices has values from {vector.min():,} to {vector.max():,}, "
+                f"allowed are 0 to {largest:,}; reduce it by the round's modulus"
+            )
+
     @property
     def mask(self) -> np.uint64:
         """2^m - 1: what a sum is reduced by."""

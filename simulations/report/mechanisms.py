@@ -39,7 +39,11 @@ def noise_chart(rows: Sequence[Row], own: Mapping[str, Any] | None = None) -> Ma
     for row in rows:
         of_kind = best.setdefault(row.mechanism.split(" (")[0], {})
         of_kind[row.epsilon] = min(row.prefix_rmse, of_kind.get(row.epsilon, row.prefix_rmse))
-    series = [Series(kind, tuple(sorted(best[kind].items())), tone) for kind, tone in _TONES.items() if kind in best]
+    series = [
+        Series(kind.replace(" cohorts", ""), tuple(sorted(best[kind].items())), tone)
+        for kind, tone in _TONES.items()
+        if kind in best
+    ]
     return line_chart(
         series,
         title=_TITLE,
@@ -84,7 +88,9 @@ def mechanism_section(record: RunRecord) -> list[Markup]:
         f"measure to choose by. This run is marked ({own_words}).",
         noise_chart(rows, own),
     )
-    words = element("div", text("h3", "At equal epsilon"), *(text("p", one) for one in advice), class_="card")
+    words = element(
+        "div", text("h3", "At equal epsilon"), *(text("p", one, class_="note") for one in advice), class_="card"
+    )
     return [
         element(
             "section",

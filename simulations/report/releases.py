@@ -60,7 +60,8 @@ def noise_norms(record: RunRecord) -> dict[int, float]:
     grown = _growth(terms["mechanism"])
     if grown is None:
         return {}
-    return {line["round"]: _noise_norm(line, terms, spec) * grown[line["round"] - 1] for line in record.trained_rounds}
+    rounds = [line for line in record.trained_rounds if line["round"] <= len(grown)]
+    return {line["round"]: float(_noise_norm(line, terms, spec) * grown[line["round"] - 1]) for line in rounds}
 
 
 def _growth(mechanism: Mechanism) -> npt.NDArray[np.float64] | None:

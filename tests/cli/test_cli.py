@@ -237,6 +237,7 @@ def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: py
         2.0,
         None,
         None,
+        None,
         "",
         "",
         "none",

@@ -106,7 +106,7 @@ def test_correlated_noise_goes_on_after_a_crash_between_key_and_release(
 ) -> None:
     """The key of the round that died is never used; whitened by C, noise of all rounds is white across the restart."""
     config = small(
-        *TINY, SAME_ROWS, f"privacy.mechanism={mechanism}", "privacy.epsilon=0", "privacy.noise_multiplier=10000",
+        *TINY, SAME_ROWS, f"privacy.mechanism={mechanism}", "privacy.epsilon=0", "privacy.noise_multiplier=3000",
         "privacy.reproducible_noise=false", "trainable.embedding_rows.count=200", "execution.checkpoint_every=100",
         *(["privacy.bands=3"] if mechanism == "banded" else []),
     )  # fmt: skip

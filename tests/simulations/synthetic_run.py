@@ -57,7 +57,13 @@ def write_run(
     metrics = [_metrics(i, rounds, eval_every, private) for i in range(rounds + 1)]
     (folder / "metrics.jsonl").write_text(_lines(metrics))
     events = [_start(private, stamps) | dict(start or {}), *(_round(i) for i in range(1, rounds + 1))]
-    end = {"event": "end", "status": "finished", "round": rounds, "peak_device_mb": 148.3, "seconds": 6.9 * rounds + 18.0}
+    end = {
+        "event": "end",
+        "status": "finished",
+        "round": rounds,
+        "peak_device_mb": 148.3,
+        "seconds": 6.9 * rounds + 18.0,
+    }
     seen = {"separation": 3, "max_participations": 7, "epsilon_realised": 1.9}
     events.append(end | (seen if private and rounds else {}))
     (folder / "ledger.jsonl").write_text(_lines(events))

@@ -35,8 +35,9 @@ def dense_support(make: Make) -> None:
 
     Guarantee:
         False alarms: below 1e-8 (eight silent ones of 4,096 at 8e-6 each; one silent three times; 10 tests at
-        1e-10). Found for certain: noise that skips eight coordinates in a round, or one in all rounds. Power over
-        99 %: a std wrong by 10 % on the untouched coordinates, by 20 % on an eighth that is touched.
+        1e-10). Found for certain: noise that skips eight coordinates in a round, or one in all rounds.
+        Found in 20 of 20 trials each: a std wrong by 10 % on half of the coordinates, by 15 % on an eighth that
+        is touched.
     """
     for world, touched in _worlds().items():
         subject, outcomes, means = make(SETTING), [], []

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
-from fedlm.privacy.adaptation import Released
+from fedlm.privacy.adaptation import PrivacyState, Released
 from fedlm.privacy.clipping import ClippedSum, Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.riders import DPMetrics, Facts, WordMap
@@ -28,6 +28,7 @@ from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 StrategyMaker = Callable[[StrategyConfig], Strategy]
 _MOMENTS = {"dense": 1.0, "bias": 0.1, "rows": 0.01}
+_LATE_ROUND = 1_000
 
 
 class _Keys:
@@ -71,7 +72,7 @@ class StrategyRun:
         self._plan.keep_keys(self._keys)
         full = _full_spec(setting.size)
         self._public_spec = _public_spec(setting.size)
-        self._privacy = self._plan.first_state(self._public_spec)
+        self._privacy = _seasoned(self._plan.first_state(self._public_spec), self._plan.adaptation.allocation)
         values = stream(seed_key(setting.seed), "values").standard_normal(full.size, np.float32)  # (P_full,)
         self._state = self._strategy.init(full, values)
 
@@ -164,12 +165,12 @@ class StrategyRun:
 
     def _std(self, clipper: Clipper, num_reports: int) -> Floats:
         """Return the stated noise (P + Q,) of the mean and of each rider's answer, in their own units."""
-        std = np.full(self._setting.size, self._plan.noise_std(clipper), np.float32)  # (P,)
+        one = self._plan.noise_multiplier / self._plan.expected_cohort
+        std = np.full(self._setting.size, one * clipper.clip_norm / clipper.update_share, np.float32)  # (P,)
         if clipper.geometry:
             clipper.geometry.restore(std)
             for start, stop, factor in clipper.geometry.noise_spans():
                 std[start:stop] *= np.float32(factor)
-        one = self._plan.noise_multiplier / self._plan.expected_cohort
         answers = [np.full(rider.size, one * rider.bound / rider.share) for rider in clipper.riders]
         # Each report of local privacy hides two updates 2 C apart.
         growth = 2 * max(num_reports, 1) ** 0.5 if self.claim.by_report else 1.0
@@ -215,6 +216,19 @@ class StrategySubject:
     def __call__(self, setting: Setting) -> StrategyRun:
         """Return a new run."""
         return self.run(self.strategy, self.strategy_config, self.privacy_config, self.rows_config, setting)
+
+
+def _seasoned(state: PrivacyState, kind: str) -> PrivacyState:
+    """Return a state as after many releases: the first rounds of an adaptive allocation have equal noise everywhere."""
+    if state.allocation is None or kind not in ("adaptive", "published"):
+        return state
+    groups = len(state.allocation.scales)
+    ascending = tuple(float(value) for value in range(1, groups + 1))
+    scales = tuple(2.0 ** (i - 1) for i in range(groups)) if kind == "adaptive" else state.allocation.scales
+    late = replace(
+        state.allocation, scales=scales, sensitivity=ascending, uncertainty=ascending, num_rounds=_LATE_ROUND
+    )
+    return replace(state, allocation=late)
 
 
 @lru_cache(maxsize=64)

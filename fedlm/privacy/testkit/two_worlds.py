@@ -34,7 +34,8 @@ def two_worlds(make: Make) -> None:
 
     Guarantee:
         False alarms: below 1e-8 (84 pairs of exact bounds at 1e-10; thresholds from 40 pilot runs of each world).
-        Power over 99 %: at z = 1, 0.4 of the claimed noise, always or where the canary is; a canary that counts twice.
+        Found at z = 1: 0.4 of the claimed noise, always or where the canary is, in 20 of 20 trials; half of it where
+        the canary is, in 12; a canary that counts twice, in 19.
     """
     subject = make(SETTING)
     cohorts = [subject.sample_cohort(t) for t in range(1, SETTING.rounds + 1)]

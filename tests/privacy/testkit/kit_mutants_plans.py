@@ -74,9 +74,7 @@ class _LateAnswers(StrategyRun):
         return replace(super()._release(total, round_number), answers=exact)
 
 
-@run_mutant(
-    "published allocation accounted at its nominal noise", "record and replay", PrivacyConfig(allocation="published")
-)
+@run_mutant("published allocation accounted at its nominal noise", "clip bound", PrivacyConfig(allocation="published"))
 class _Nominal(StrategyRun):
     @property
     def claim(self) -> Claim:
