@@ -39,7 +39,7 @@ from fedlm.experiment import Experiment
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.randomness import round_key, stream
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set

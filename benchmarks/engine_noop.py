@@ -35,7 +35,7 @@ from benchmarks.measure import machine, status_mb
 from clients.partial_sum import KeptSum
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from server.dispatch import Dispatcher
 from server.exchange import Order
 from simulations.grids.ray_grid import RayGrid

@@ -33,7 +33,7 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
 from fedlm.models.factory import build_model
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.randomness import round_key
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.parts import dense

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from fedlm.messages import PartialSum, TrainRequest
-from fedlm.privacy.clipping import ClippedSum, Clipper
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping import ClippedSum
 
 EMPTY = np.empty(0, np.int64)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -29,7 +28,7 @@ from server.engine import Engine, Listener
 from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.strategies import BUILT_IN
-from server.turnout import EveryDevice, Fleet, RoundTask, Turnout
+from server.turnout import EveryDevice, Fleet
 
 FleetMaker = Callable[[Experiment, Trainable], Fleet]
 app = ServerApp()
@@ -76,17 +75,16 @@ def main(grid: Grid, context: Context) -> None:
         _surroundings.listener({"event": "note", "text": f"devices train one by one: {reason}"})
     if not resumes:
         folder = new_folder(out, experiment, trainable)
-    plan = PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed)
     engine = Engine(
         grid,
         experiment,
-        plan=plan,
+        plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed),
         strategy=strategy_of(config.strategy),
         spec=trainable.spec,
         values=trainable.initial_values(),
         folder=folder,
         listener=_surroundings.listener,
-        fleet=EncodedUploads(fleet, plan),
+        fleet=fleet,
     )
     if resumes:
         engine.resume()
@@ -132,44 +130,6 @@ def _most_coordinates(experiment: Experiment) -> int:
     words = frequencies.size if config.trainable.embedding_rows.sampler == "dp_adafest" else 0
     metrics = len(config.privacy.metrics) + 1
     return spec.size + words + len(groups_of(spec)) + metrics + 1  # 1: the clip bit
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedTask(RoundTask):
-    """A round whose devices send encodings.
-
-    Arguments:
-        encoded_bytes: Of a device.
-    """
-
-    encoded_bytes: int = 0
-
-    @property
-    def bytes_up(self) -> int:
-        """What a device uploads."""
-        return self.encoded_bytes
-
-
-@dataclass(frozen=True)
-class EncodedUploads:
-    """A fleet whose uploads are as long as the plan's encodings, where it has any: the ledger's and the clock's figure.
-
-    Arguments:
-        fleet: Decides who takes part.
-        plan: Says how updates are encoded.
-    """
-
-    fleet: Fleet
-    plan: PrivacyPlan
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the fleet says of itself."""
-        return self.fleet.describe()
-
-    def turnout(self, task: RoundTask) -> Turnout:
-        """Return what becomes of each device."""
-        encoder = self.plan.encoder(task.spec.size + task.num_answers)
-        return self.fleet.turnout(EncodedTask(**vars(task), encoded_bytes=encoder.num_bytes) if encoder else task)
 
 
 def _fleet_of(experiment: Experiment, trainable: Trainable) -> Fleet:

@@ -36,7 +36,8 @@ from fedlm.messages import (
     TrainRequest,
 )
 from fedlm.privacy.adaptation import Released
-from fedlm.privacy.clipping import ClippedSum, Clipper
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.randomness import round_key, seed_key, stream
 from fedlm.strategy import Release, Strategy, StrategyState
@@ -50,7 +51,7 @@ from server.payload import DownloadMeter
 from server.round_privacy import RoundPrivacy, release_arrays
 from server.rounds import CohortReport, json_number
 from server.run_folder import RunFolder
-from server.turnout import Fleet, RoundTask, Turnout
+from server.turnout import Fleet, Turnout
 
 Listener = Callable[[dict[str, object]], None]
 USERS_PER_EVALUATION = 8
@@ -315,8 +316,7 @@ class Engine:
         """Sample the cohort, see who takes part, count the bytes: from seed and earlier rounds alone, so resumable."""
         cohort, rows, spec = self._plan.sample_cohort(t), self._rows(t), self._spec_of(t)
         self._privacy.record(t, cohort)
-        task = RoundTask(t, cohort, spec, self._meter.download(cohort, rows), self._privacy.num_answers(t, spec))
-        turnout = self._fleet.turnout(task)
+        turnout = self._fleet.turnout(self._privacy.task(t, cohort, spec, self._meter.download(cohort, rows)))
         self._meter.visited(cohort[turnout.visited], t)
         self._meter.changed(rows, t)
         self._bytes_up += int(turnout.bytes_up.sum())

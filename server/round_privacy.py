@@ -15,11 +15,12 @@ import numpy as np
 
 from fedlm.experiment import Experiment
 from fedlm.privacy.adaptation import PrivacyState, Released
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from server.noise_keys import NoiseKeys
+from server.turnout import Bytes, RoundTask
 
 _ANSWER, _SCORES = "answer.", "privacy.word_scores"
 
@@ -57,9 +58,11 @@ class RoundPrivacy:
         """Return what the devices of the next round clip with."""
         return self.plan.clipper(self._state, spec, t)
 
-    def num_answers(self, t: int, spec: UpdateSpec) -> int:
-        """Return the coordinates that a device sends in round t beside its update."""
-        return self.clipper(t, spec).num_answers
+    def task(self, t: int, cohort: RowIds, spec: UpdateSpec, bytes_down: Bytes) -> RoundTask:
+        """Return what a round asks of its devices."""
+        clipper = self.clipper(t, spec)
+        encoded_bytes = clipper.encoder.num_bytes if clipper.encoder else 0
+        return RoundTask(t, cohort, spec, bytes_down, clipper.num_answers, encoded_bytes)
 
     def record(self, t: int, cohort: RowIds) -> None:
         """Enter a cohort into the ledger.

@@ -41,6 +41,7 @@ class RoundTask:
         spec: The round's update.
         bytes_down: (U,) what each device would download.
         num_answers: Coordinates beside the update (`fedlm.privacy.riders`).
+        encoded_bytes: What a device sends where it encodes update and answers (`fedlm.privacy.skellam`); else 0.
     """
 
     round_number: int
@@ -48,11 +49,12 @@ class RoundTask:
     spec: UpdateSpec
     bytes_down: Bytes
     num_answers: int = 0
+    encoded_bytes: int = 0
 
     @property
     def bytes_up(self) -> int:
         """What a device uploads."""
-        return self.spec.num_bytes + 4 * self.num_answers
+        return self.encoded_bytes or self.spec.num_bytes + 4 * self.num_answers
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from fedlm.privacy.audit.phrase_losses import phrase_losses
 from fedlm.privacy.audit.report import Cost, make_view
 from fedlm.privacy.audit.text import exposures, fresh_phrases, phrase, rank_sum_p
 from fedlm.privacy.audit.whitening import whitening
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import UpdateSpec, Vector
 from server.claim import privacy_figures
 from server.engine import Listener
 from server.run_folder import CONFIG, PLAN, RunFolder, write_atomically
+from simulations.report import write_report
 from simulations.run import resume, simulate
 
 AUDIT = "audit.json"
@@ -88,6 +89,7 @@ def analyse(run: Path) -> AuditReport:
         notes=_notes(case, size),
     )
     write_atomically(run / AUDIT, (json.dumps(report.to_fields(), indent=1, allow_nan=False) + "\n").encode())
+    write_report(run)  # again: it has a section for what an audit found
     return report
 
 

@@ -1,6 +1,7 @@
 """User-level differential privacy: one plan makes sampler, clipper, mechanism and accounting together."""
 
-from fedlm.privacy.clipping import ClippedSum, Clipper, ClipRecord
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping import ClippedSum, ClipRecord
 from fedlm.privacy.plan import PrivacyPlan
 
 __all__ = ["ClipRecord", "ClippedSum", "Clipper", "PrivacyPlan"]

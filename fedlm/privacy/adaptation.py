@@ -20,7 +20,7 @@ from fedlm.errors import DataError
 from fedlm.privacy import allocation
 from fedlm.privacy.adaptive_clip import bit_share, next_clip_norm
 from fedlm.privacy.allocation import AllocationState
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.riders import ClipBit, DPMetrics, GroupShares, Rider, WordMap
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector

@@ -17,33 +17,26 @@ follow it, and update and answers share the bound C.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy.geometry import Geometry
-from fedlm.privacy.ranges import require_count, require_number
-from fedlm.privacy.riders import Facts, Observation, Rider, answer_units, rider_from_fields, update_share
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.fixed_point import CAPACITY_UNCLIPPED, UNITS, FloatVector, IntVector
+from fedlm.privacy.ranges import require_count
+from fedlm.privacy.riders import Facts, Observation, answer_units
 from fedlm.trainable.parts import Part, check_parts
 
 if TYPE_CHECKING:
-    from fedlm.privacy.skellam import Skellam
+    pass
 
-FRACTION_BITS = 40
-CAPACITY = 2**22
-CAPACITY_UNCLIPPED = 2**16
-
-_UNITS = 2.0**FRACTION_BITS
 _MARGIN = 2.0**-20
 _ARRIVAL_MARGIN = 2.0**-30
-_UNCLIPPED_PEAK = float(2**62 // CAPACITY_UNCLIPPED) / _UNITS
+_UNCLIPPED_PEAK = float(2**62 // CAPACITY_UNCLIPPED) / UNITS
 _CHUNK = 16_384
 # Devices whose integers are added up in fp64 before they join the sum: at most 2^46 units each (without clipping), and
 # 2^6 of those stay below 2^53, where fp64 is exact.
@@ -53,9 +46,6 @@ _BATCH = 64
 _DOT = 8_192
 _TOKEN = object()
 _NO_FACTS = Facts()
-
-IntVector = npt.NDArray[np.int64]
-FloatVector = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,90 +57,9 @@ class ClipRecord:
     finite: bool
 
 
-@dataclass(frozen=True)
-class Clipper:
-    """The part of a plan that a node gets: it can clip and sum, and knows neither seed nor noise.
-
-    Arguments:
-        clip_norm: C, or infinity when the plan does not clip.
-        geometry: Coordinates in which to clip; None: those of the update.
-        riders: Further queries of the round.
-        encoder: Where each device adds its share of the noise itself: how.
-    """
-
-    clip_norm: float
-    geometry: Geometry | None = None
-    riders: tuple[Rider, ...] = ()
-    encoder: Skellam | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse norms whose fixed-point factors would leave the range of fp64, and riders that leave no update."""
-        if self.clip_norm != math.inf:
-            require_number("privacy.clip_norm", self.clip_norm, low=1e-12, high=1e12)
-        elif self.geometry or self.riders or self.encoder:
-            raise ConfigError("without clipping there is no geometry, rider or encoder; set privacy.enabled = true")
-        if not all(rider.share > 0 for rider in self.riders) or sum(rider.share**2 for rider in self.riders) > 0.5:
-            shares = {rider.name: rider.share for rider in self.riders}
-            raise ConfigError(
-                f"the queries beside the update take the shares {shares}, their squares at most 0.5 in all"
-            )
-
-    @cached_property
-    def update_share(self) -> float:
-        """a_0: the update's part of the clip norm."""
-        return update_share(self.riders)
-
-    @cached_property
-    def num_answers(self) -> int:
-        """Q: coordinates of all riders' answers."""
-        return sum(rider.size for rider in self.riders)
-
-    def to_text(self) -> str:
-        """Return this clipper as text, for the message that asks a node to train."""
-        geometry = self.geometry.to_fields() if self.geometry else None
-        riders = [rider.to_fields() for rider in self.riders]
-        encoder = self.encoder.to_fields() if self.encoder else None
-        return json.dumps({"clip_norm": self.clip_norm, "geometry": geometry, "riders": riders, "encoder": encoder})
-
-    @classmethod
-    def from_text(cls, text: str) -> Clipper:
-        """Return the clipper that `to_text` described, equal to it.
-
-        Raises:
-            DataError: Not such a text.
-            ConfigError: Values out of range.
-        """
-        try:
-            fields = json.loads(text)
-            clip_norm, geometry, riders, encoder = (fields[k] for k in ("clip_norm", "geometry", "riders", "encoder"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"a clipper cannot be read ({error}); server and node are of different versions") from error
-        from fedlm.privacy.skellam import Skellam  # it needs this module's units
-
-        found, design = Geometry.from_fields(geometry) if geometry else None, None
-        if encoder:
-            design = Skellam.from_fields(encoder)
-        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders), design)
-
-    @property
-    def unit(self) -> float:
-        """What 1 in the integer vector stands for."""
-        return 1 / _UNITS if self.clip_norm == math.inf else self.clip_norm / _UNITS
-
-    @property
-    def capacity(self) -> int:
-        """How many devices one sum can hold without overflow."""
-        if self.encoder:
-            return self.encoder.max_devices
-        return CAPACITY_UNCLIPPED if self.clip_norm == math.inf else CAPACITY
-
-    def new_sum(self, size: int) -> ClippedSum:
-        """Return an empty sum of `size` coordinates."""
-        return ClippedSum(size, self, token=_TOKEN)
-
-    def sum_from_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> ClippedSum:
-        """Return the sum that `ClippedSum.to_arrays` took apart; see `ClippedSum.from_arrays`."""
-        return ClippedSum.from_arrays(vector, fields, clipper=self)
+def new_sum(size: int, clipper: Clipper) -> ClippedSum:
+    """Return an empty sum of `size` coordinates; `Clipper.new_sum` is the way to call it."""
+    return ClippedSum(size, clipper, token=_TOKEN)
 
 
 class ClippedSum:
@@ -482,7 +391,7 @@ class ClippedSum:
         if self._clipper.encoder:
             return self._clipper.encoder.check_sum(vector, num_devices)
         if self.clip_norm == math.inf:
-            size = max(int(vector.max()), -int(vector.min())) / _UNITS
+            size = max(int(vector.max()), -int(vector.min())) / UNITS
             allowed = num_devices * _UNCLIPPED_PEAK
         else:
             size = math.sqrt(math.fsum(self._squares(vector))) * self._clipper.unit

@@ -28,8 +28,10 @@ from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import accounting, cohorts, mechanisms
 from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
-from fedlm.privacy.clipping import FRACTION_BITS, ClippedSum, Clipper, FloatVector, IntVector
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
+from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD

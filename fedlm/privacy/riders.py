@@ -172,6 +172,7 @@ class WordMap(Rider):
     def answer(self, seen: Observation) -> Floats:
         """Return the map (V,)."""
         words = np.unique(seen.facts.words)
+        words = words[(words >= 0) & (words < self.vocabulary_size)]
         found = np.zeros(self.vocabulary_size)
         found[words] = 1 / math.sqrt(max(len(words), 1))
         return found

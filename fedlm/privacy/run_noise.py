@@ -16,7 +16,8 @@ import numpy as np
 from randomgen import AESCounter
 
 from fedlm.errors import DataError
-from fedlm.privacy.clipping import FRACTION_BITS, Clipper, IntVector
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.fixed_point import FRACTION_BITS, IntVector
 from fedlm.privacy.mechanisms.base import Mechanism, RoundNoise
 from fedlm.privacy.noise import NoiseStream
 from fedlm.privacy.skellam import Skellam

@@ -35,7 +35,7 @@ from randomgen import AESCounter
 
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import rdp
-from fedlm.privacy.clipping import FRACTION_BITS, IntVector
+from fedlm.privacy.fixed_point import FRACTION_BITS, IntVector
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.randomness import seed_key, stream
 

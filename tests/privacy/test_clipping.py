@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, Clipper
-from fedlm.privacy.clipping import CAPACITY
+from fedlm.privacy.fixed_point import CAPACITY
 
 UNITS = 2**40
 Vector = npt.NDArray[np.float32]

@@ -20,7 +20,7 @@ from clients.partial_sum import KeptSum
 from fedlm.errors import WorkerError
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.randomness import seed_key, stream
 from server import exchange as exchange_module
 from server.dispatch import Dispatcher

@@ -15,7 +15,8 @@ import numpy as np
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.privacy.adaptation import PrivacyState, Released
-from fedlm.privacy.clipping import ClippedSum, Clipper
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.riders import DPMetrics, Facts, WordMap
 from fedlm.privacy.testkit.facts import facts_of

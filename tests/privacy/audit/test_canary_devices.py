@@ -13,7 +13,7 @@ from clients.canaries import CanaryDevices
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
 from fedlm.privacy.audit.phrase_losses import phrase_losses
-from fedlm.privacy.clipping import Clipper
+from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.riders import ClipBit
 

@@ -11,7 +11,8 @@ import numpy as np
 from kit_registry import run_mutant
 
 from fedlm.config.schema import PrivacyConfig, RowsConfig
-from fedlm.privacy.clipping import ClippedSum, Clipper
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.privacy.riders import Facts, Rider
 from fedlm.privacy.testkit import Claim, StrategyRun
