@@ -194,6 +194,7 @@ class Engine:
             metrics = self._round_metrics(t, released, report, turnout, seconds)
             up, down = int(turnout.bytes_up.sum()), int(turnout.bytes_down.sum())
             *failures, summary = report.ledger_lines(t, up, down, seconds)
+            summary |= {"reclipped": total.num_reclipped} if total.num_reclipped else {}
             ledger = [*failures, turnout.complete(summary)]
             record.update(metrics=metrics, ledger=ledger, clipper=total.clipper.to_text())
             self._folder.write_release(t, {**release_arrays(released), "rows": self._rows(t)}, record)

@@ -85,7 +85,7 @@ class ClippedSum:
         A zero contribution is encoded too: its device still adds its noise.
     """
 
-    __slots__ = ("_clipper", "_fixed", "_num_devices", "_size", "_subtotal", "_vector", "_wide")
+    __slots__ = ("_clipper", "_fixed", "_num_devices", "_num_reclipped", "_size", "_subtotal", "_vector", "_wide")
 
     def __init__(self, size: int, clipper: Clipper, *, token: object = None) -> None:
         """Only `Clipper` calls this."""
@@ -95,7 +95,7 @@ class ClippedSum:
         if clipper.geometry and clipper.geometry.size != size:
             raise ConfigError(f"the geometry covers {clipper.geometry.size:,} coordinates, the update has {size:,}")
         self._clipper = clipper
-        self._num_devices = 0
+        self._num_devices = self._num_reclipped = 0
         self._vector: IntVector | None = np.zeros(self._width(), np.int64)  # (P + Q,), or (padded,) with an encoder
         chunk = min(len(self._vector), _CHUNK)
         self._wide, self._subtotal = np.empty(chunk, np.float64), np.empty(chunk, np.float64)
@@ -120,6 +120,11 @@ class ClippedSum:
     def num_devices(self) -> int:
         """Devices added so far, those that contributed zero included."""
         return self._num_devices
+
+    @property
+    def num_reclipped(self) -> int:
+        """Devices whose reply arrived longer than the clip norm, and was clipped here."""
+        return self._num_reclipped
 
     def add(self, update: FloatVector, facts: Facts = _NO_FACTS) -> ClipRecord:
         """Clip one device's whole update and add it.
@@ -242,9 +247,8 @@ class ClippedSum:
             raise DataError(f"sum was clipped to {fields['clip_norm']}, this plan clips to {self.clip_norm}")
         if not 0 <= num_devices <= self._clipper.capacity:
             raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {self._clipper.capacity:,}")
-        self._check_magnitude(vector, num_devices)
         self._reserve(num_devices)
-        self._accept(vector)
+        self._accept(self._within_bound(vector, num_devices))
         self._num_devices += num_devices
 
     def to_arrays(self) -> tuple[IntVector, dict[str, int | float]]:
@@ -257,8 +261,9 @@ class ClippedSum:
     def from_arrays(cls, vector: IntVector, fields: dict[str, int | float], *, clipper: Clipper) -> ClippedSum:
         """Rebuild a sum that came over the wire; the aggregating side calls this, through its own plan.
 
-        The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C.
-        For a reply of one device this is the exact clip bound, so a device that did not clip is refused here.
+        The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C. One
+        device's reply that is longer is clipped here: the guarantee for a device that trains alone does not rest on
+        its own clipping. A longer sum of several is refused, for nobody can tell whose fault it is.
         Of encoded sums nobody can know the norm: that is what the encoding is for. There only range and device count
         are checked, and a device that does not clip spoils the sum unseen.
 
@@ -387,20 +392,25 @@ class ClippedSum:
                 chunk = total[start : start + size]
                 np.add(chunk, fixed, out=chunk)
 
-    def _check_magnitude(self, vector: IntVector, num_devices: int) -> None:
+    def _within_bound(self, vector: IntVector, num_devices: int) -> IntVector:
+        """Return a sum that arrived if it is within its bound, and one device's vector clipped to it."""
         if self._clipper.encoder:
-            return self._clipper.encoder.check_sum(vector, num_devices)
+            self._clipper.encoder.check_sum(vector, num_devices)
+            return vector
         if self.clip_norm == math.inf:
             size = max(int(vector.max()), -int(vector.min())) / UNITS
             allowed = num_devices * _UNCLIPPED_PEAK
         else:
             size = math.sqrt(math.fsum(self._squares(vector))) * self._clipper.unit
             allowed = num_devices * self.clip_norm * (1 - _ARRIVAL_MARGIN)
-        if size > allowed:
-            raise DataError(
-                f"sum of {num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; the sender did not clip"
-            )
-        return None
+        if size <= allowed:
+            return vector
+        if num_devices == 1 and self.clip_norm < math.inf:
+            self._num_reclipped += 1
+            return (vector * (self.clip_norm * (1 - _MARGIN) / size)).astype(np.int64)  # truncates toward zero
+        raise DataError(
+            f"sum of {num_devices:,} devices has size {size:.6g}, allowed is {allowed:.6g}; the sender did not clip"
+        )
 
 
 def _require_int64(vector: IntVector) -> IntVector:

@@ -174,14 +174,32 @@ def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) 
         (np.zeros(2, np.int64), {"clip_norm": 1.0, "num_devices": 1.0}),
         (np.zeros(2, np.int64), {"clip_norm": 1.0}),
         (np.array([1, 0]), {"clip_norm": 1.0, "num_devices": 0}),
-        (np.array([UNITS, 1]), {"clip_norm": 1.0, "num_devices": 1}),
-        (np.array([UNITS, UNITS]), {"clip_norm": 1.0, "num_devices": 1}),
+        (np.array([2 * UNITS, 1]), {"clip_norm": 1.0, "num_devices": 2}),
         (np.array([-(2**63), 0]), {"clip_norm": 1.0, "num_devices": CAPACITY}),
     ],
 )
 def test_what_no_honest_node_sends_is_refused(vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> None:
     with pytest.raises(DataError):
         Clipper(1.0).sum_from_arrays(vector, fields)
+
+
+@settings(max_examples=200, deadline=None)
+@given(vector=arrays(np.int64, st.integers(1, 30), elements=st.integers(-(2**63), 2**63 - 1)), few=st.booleans())
+def test_one_devices_reply_is_clipped_again_on_arrival(vector: npt.NDArray[np.int64], few: bool) -> None:
+    """Whatever a device sends, its own contribution is within the bound; an honest one keeps its bits."""
+    vector = vector >> 24 if few else vector
+    total = Clipper(0.7).sum_from_arrays(vector, {"clip_norm": 0.7, "num_devices": 1})
+    squares, found = sum(int(value) ** 2 for value in vector), integers(total)
+    assert sum(value * value for value in found) <= UNITS**2
+    honest = math.sqrt(squares) <= UNITS * (1 - 2**-20)
+    assert total.num_reclipped == (not honest) or math.sqrt(squares) < UNITS * (1 - 2**-31)
+    if honest:
+        assert found == vector.tolist()
+    else:
+        scale = UNITS / math.sqrt(squares)
+        assert all(
+            abs(f - v * scale) <= 1 + 2**-19 * abs(v * scale) for f, v in zip(found, vector.tolist(), strict=True)
+        )
 
 
 def test_a_received_sum_does_not_alias_the_message() -> None:
