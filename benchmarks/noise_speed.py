@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.measure import machine, reset_peak, status_mb
 from fedlm.privacy.mechanisms import Mechanism, Participation, create
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise import NoiseStream, reproducible_key
 
 ROUNDS, SEPARATION = 2_000, 400
 STD = 2.0**40
@@ -48,7 +48,7 @@ def measure(mechanism: Mechanism, size: int, rounds: int) -> dict[str, float]:
     noise = mechanism.new_noise(size)
     seconds = []
     for number in range(1, rounds + 1):
-        stream = NoiseStream.reproducible(0, number)
+        stream = NoiseStream(reproducible_key(0, number))
         started = time.process_time()
         noise.add_to(total, STD, stream)
         seconds.append(time.process_time() - started)

@@ -5,7 +5,6 @@ Everything here follows from the seed, from public data and from releases, so a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +102,7 @@ class RoundPrivacy:
 
     def text(self) -> str:
         """Return the rest of the state for a checkpoint."""
-        return json.dumps(json.loads(self._state.to_text()), allow_nan=False) if self.plan.enabled else ""
+        return self._state.to_text() if self.plan.enabled else ""
 
     def restore(self, arrays: Mapping[str, Any], text: str) -> None:
         """Go back to the state of a checkpoint."""

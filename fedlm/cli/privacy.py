@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from fedlm.privacy.compare import Row
     from fedlm.privacy.mechanisms import Mechanism, Participation
-    from fedlm.privacy.skellam import Skellam
 
 app = typer.Typer(help="Privacy accounting.")
 
@@ -83,13 +82,10 @@ def epsilon(
     _require_cohort(population, cohort)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
-    if mechanism == "skellam":
-        design = _skellam(rule, delta, size, grid_bits, min_survivors, noise_multiplier=noise_multiplier)
-        _print_skellam(json, "epsilon", design)
-        return
-    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, bands=bands, buffers=buffers)
+    options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
+    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, **options)
     spent = made.epsilon(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
-    _print(json, "epsilon", spent, _statement(made, spent, delta, noise_multiplier))
+    _print(json, "epsilon", spent, _statement(made, spent, delta, noise_multiplier), made, noise_multiplier, delta)
 
 
 @app.command()
@@ -115,12 +111,10 @@ def calibrate(
     _require_cohort(population, cohort)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
-    if mechanism == "skellam":
-        _print_skellam(json, "noise_multiplier", _skellam(rule, delta, size, grid_bits, min_survivors, epsilon=epsilon))
-        return
-    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, bands=bands, buffers=buffers)
+    options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
+    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, **options)
     noise = made.noise_multiplier(epsilon=epsilon, delta=delta)
-    _print(json, "noise_multiplier", noise, _statement(made, epsilon, delta, noise))
+    _print(json, "noise_multiplier", noise, _statement(made, epsilon, delta, noise), made, noise, delta)
 
 
 @app.command()
@@ -194,17 +188,15 @@ def _rule(
     fleet: dict[str, int], mechanism: str, sampler: str, cap: int, min_separation: int, max_participations: int
 ) -> Participation:
     """Return who can be in which cohort, with what was left out filled in."""
-    from fedlm.privacy.mechanisms import SAMPLERS, Participation
+    from fedlm.privacy.cohorts import participation_rule
+    from fedlm.privacy.mechanisms import SAMPLERS
 
-    chosen = sampler or SAMPLERS.get(mechanism, ("poisson",))[0]
-    rounds, most = fleet["rounds"], min(fleet["population"] // fleet["cohort"], fleet["rounds"])
-    separation = min_separation or (most if chosen == "separated" else 1)
-    return Participation(
-        sampler=chosen,
+    return participation_rule(
+        sampler or SAMPLERS.get(mechanism, ("poisson",))[0],
         **fleet,
         cap=cap,
-        separation=separation,
-        max_participations=max_participations or -(-rounds // separation),
+        min_separation=min_separation,
+        max_participations=max_participations,
     )
 
 
@@ -230,56 +222,23 @@ def _statement(mechanism: Mechanism, epsilon: float, delta: float, noise_multipl
     )
 
 
-def _print(json: bool, name: str, value: float, statement: str) -> None:
+def _print(
+    json: bool, name: str, value: float, statement: str, mechanism: Mechanism, noise_multiplier: float, delta: float
+) -> None:
+    """Print one value and what it rests on; where devices add the noise, what the server learns too."""
+    from fedlm.privacy.mechanisms.skellam import DistributedSkellam
+
+    found: dict[str, object] = {name: value}
+    if isinstance(mechanism, DistributedSkellam):
+        rounds, design = mechanism.participation.rounds, mechanism.design(noise_multiplier, delta=delta)
+        server = mechanism.epsilon_server(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
+        found |= {"epsilon_server": server, "bits": design.bits}
+        statement += (
+            f"; epsilon {server:.4g} against a server that knows the cohorts and gets sums of "
+            f"{mechanism.min_survivors:,} devices or more; {design.bits} bits a coordinate"
+        )
     if json:
-        print_json({name: value, "statement": statement})
-    else:
-        print(f"{name} {value:.4f}\n{statement}")
-
-
-def _skellam(
-    rule: Participation,
-    delta: float,
-    size: int,
-    grid_bits: int,
-    min_survivors: int,
-    *,
-    noise_multiplier: float = 0.0,
-    epsilon: float = 0.0,
-) -> Skellam:
-    from fedlm.privacy.mechanisms.skellam import default_survivors
-    from fedlm.privacy.skellam import Skellam
-
-    if rule.sampler != "poisson" or rule.cap or rule.separation > 1:
-        raise ConfigError("--mechanism skellam samples by poisson; leave out --sampler, --cap and --min-separation")
-    return Skellam.create(
-        size=size,
-        population=rule.population,
-        cohort=rule.cohort,
-        rounds=rule.rounds,
-        delta=delta,
-        min_survivors=min_survivors or default_survivors(rule.cohort),
-        noise_multiplier=noise_multiplier,
-        epsilon=epsilon,
-        grid_bits=grid_bits,
-        max_participations=rule.max_participations,
-    )
-
-
-def _print_skellam(json: bool, name: str, design: Skellam) -> None:
-    """Print both guarantees: without sampling against the server, with it against who sees the releases alone."""
-    statement = (
-        f"Skellam noise of multiplier {design.noise_multiplier:.4g} in each of {design.rounds} rounds, delta "
-        f"{design.delta:g}: epsilon {design.epsilon_analyst:.4g} against who sees the releases alone (add or remove "
-        f"one, about {design.cohort} of {design.population} users Poisson-sampled); {design.epsilon_server:.4g} "
-        f"against a server that knows the cohorts and gets sums of {design.min_survivors} devices or more (one user's "
-        f"updates replaced by zero in at most {design.max_participations} rounds); {design.bits} bits a coordinate, "
-        "RDP accounting"
-    )
-    value = design.epsilon_analyst if name == "epsilon" else design.noise_multiplier
-    if json:
-        epsilons = {"epsilon_analyst": design.epsilon_analyst, "epsilon_server": design.epsilon_server}
-        print_json({name: value, **epsilons, "bits": design.bits, "statement": statement})
+        print_json({**found, "statement": statement})
     else:
         print(f"{name} {value:.4f}\n{statement}")
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,9 +30,6 @@ from fedlm.privacy.fixed_point import CAPACITY_UNCLIPPED, UNITS, FloatVector, In
 from fedlm.privacy.ranges import require_count
 from fedlm.privacy.riders import Facts, Observation, answer_units
 from fedlm.trainable.parts import Part, check_parts
-
-if TYPE_CHECKING:
-    pass
 
 _MARGIN = 2.0**-20
 _ARRIVAL_MARGIN = 2.0**-30
@@ -227,14 +224,21 @@ class ClippedSum:
         other._vector = None
 
     def add_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> None:
-        """Check a sum that came over the wire and add it: `from_arrays` and `add_sum` without a copy.
+        """Check a sum that came over the wire and add it.
+
+        The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C. One
+        device's reply that is longer is clipped here: the guarantee for a device that trains alone does not rest on
+        its own clipping. A longer sum of several is refused, for nobody can tell whose fault it is. Of encoded sums
+        nobody can know the norm: that is what the encoding is for. There only range and device count are checked, and
+        a device that does not clip spoils the sum unseen.
 
         Arguments:
             vector: (P + Q,) int64; not kept.
             fields: As `to_arrays` returned them.
 
         Raises:
-            DataError: As `from_arrays`, or another size than this sum; nothing was added.
+            DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum; nothing
+                was added.
             ConfigError: More devices than the sum can hold; nothing was added.
         """
         total = self._live()
@@ -259,13 +263,7 @@ class ClippedSum:
 
     @classmethod
     def from_arrays(cls, vector: IntVector, fields: dict[str, int | float], *, clipper: Clipper) -> ClippedSum:
-        """Rebuild a sum that came over the wire; the aggregating side calls this, through its own plan.
-
-        The sender says how many devices it holds; a sum of m devices must then have a norm of at most m C. One
-        device's reply that is longer is clipped here: the guarantee for a device that trains alone does not rest on
-        its own clipping. A longer sum of several is refused, for nobody can tell whose fault it is.
-        Of encoded sums nobody can know the norm: that is what the encoding is for. There only range and device count
-        are checked, and a device that does not clip spoils the sum unseen.
+        """Rebuild a sum that came over the wire, checked as `add_arrays` does.
 
         Arguments:
             vector: (P + Q,) int64, or (padded,) with an encoder; copied.
@@ -273,7 +271,7 @@ class ClippedSum:
             clipper: The receiver's own, never the sender's.
 
         Raises:
-            DataError: Dtype, shape, fields, clip norm, device count or norm are not those of an honest sum.
+            DataError: As `add_arrays`.
         """
         size = clipper.encoder.size if clipper.encoder else _require_int64(vector).size
         result = clipper.new_sum(max(size - clipper.num_answers, 1))

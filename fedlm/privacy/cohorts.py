@@ -26,6 +26,40 @@ DeviceIds = npt.NDArray[np.int64]
 SAMPLERS = ("poisson", "truncated_poisson", "fixed", "cyclic_poisson", "separated")
 
 
+def participation_rule(
+    sampler: str,
+    *,
+    population: int,
+    cohort: int,
+    rounds: int,
+    cap: int = 0,
+    min_separation: int = 0,
+    max_participations: int = 0,
+    most_apart: int = 0,
+) -> Participation:
+    """Return a rule with what was left out filled in.
+
+    Arguments:
+        sampler, population, cohort, rounds: As for `Participation`.
+        cap: Of "truncated_poisson".
+        min_separation: 0: as far apart as devices of a separated fleet can be.
+        max_participations: 0: rounds / separation.
+        most_apart: A limit to that, of a smaller fleet that follows the same rule; 0: none.
+    """
+    separation = min_separation or 1
+    if sampler == "separated" and not min_separation:
+        separation = max(1, min(population // cohort, most_apart or rounds, rounds))
+    return Participation(
+        sampler=sampler,
+        population=population,
+        cohort=cohort,
+        rounds=rounds,
+        cap=cap,
+        separation=separation,
+        max_participations=max_participations or -(-rounds // separation),
+    )
+
+
 def sample_cohort(rule: Participation, *, seed: int, round_number: int) -> DeviceIds:
     """Return the sorted ids of the devices in a round's cohort.
 

@@ -60,34 +60,35 @@ class Uncopied:
         raise TypeError("privacy noise is neither pickled, copied nor checkpointed; a restart draws fresh noise")
 
 
+def fresh_key() -> int:
+    """Return a key that nobody can predict or repeat.
+
+    Guarantee:
+        All 128 bits are the operating system's, none of them the experiment's seed's.
+    """
+    return secrets.randbits(128)
+
+
+def reproducible_key(seed: int, round_number: int) -> int:
+    """Return the key of (seed, round), for debugging; who knows the seed subtracts the noise: NOT PRIVATE."""
+    digest = blake2b(f"{seed}/noise/{round_number}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
+
+
 class NoiseStream(Uncopied):
     """The noise of one release; made for it and dropped after it.
 
-    A fresh key for each release means that there is no state to checkpoint, to fork or to restore: a
-    restart, a forked process or a copied virtual machine draws other noise, and a key found later reveals no
-    earlier noise.
+    A fresh key for each release (`fresh_key`) means that a forked process or a copied virtual machine draws other
+    noise, and that a key found later reveals no earlier noise.
 
-    Guarantee:
-        `from_system` takes all 128 bits of its key from the operating system and nothing from the
-        experiment's seed.
+    Arguments:
+        key: 128 bits.
     """
 
     __slots__ = ("_generator",)
 
     def __init__(self, key: int) -> None:
-        """Use `from_system`; `key` has 128 bits."""
         self._generator = np.random.Generator(AESCounter(key=key))
-
-    @classmethod
-    def from_system(cls) -> NoiseStream:
-        """Return a stream that nobody can predict or repeat."""
-        return cls(secrets.randbits(128))
-
-    @classmethod
-    def reproducible(cls, seed: int, round_number: int) -> NoiseStream:
-        """Return the stream of (seed, round), for debugging; who knows the seed subtracts it: NOT PRIVATE."""
-        digest = blake2b(f"{seed}/noise/{round_number}".encode(), digest_size=16).digest()
-        return cls(int.from_bytes(digest, "little"))
 
     def add_to(self, total: npt.NDArray[np.int64], std: float) -> None:
         """Add N(0, std^2) to every coordinate in place, on the lattice described above.

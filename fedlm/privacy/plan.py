@@ -32,7 +32,7 @@ from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
-from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.privacy.mechanisms.base import Mechanism
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
@@ -374,7 +374,9 @@ class PrivacyPlan(PrivacyTerms):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: a copy would release rounds again, and the plan holds the seed."""
-        raise TypeError("PrivacyPlan is neither pickled nor copied; send plan.clipper to nodes, store plan.to_json()")
+        raise TypeError(
+            "PrivacyPlan is neither pickled nor copied; send the round's clipper to nodes, store plan.to_json()"
+        )
 
     def _within_budget(self) -> PrivacyPlan:
         """Return the plan if its T releases cost at most its epsilon."""
@@ -411,16 +413,15 @@ def _mechanism(
             f"for devices that take turns, but the sampler is {sampler!r}; set privacy.sampler = 'separated', or both "
             "to 0"
         )
-    if sampler == "separated" and not separation:
-        separation = max(1, min(population // cohort, fleet_rounds, rounds))
-    rule = Participation(
-        sampler=sampler,
+    rule = cohorts.participation_rule(
+        sampler,
         population=population,
         cohort=cohort,
         rounds=rounds,
         cap=config.cap if sampler == "truncated_poisson" else 0,
-        separation=max(separation, 1),
-        max_participations=config.max_participations or -(-rounds // max(separation, 1)),
+        min_separation=separation,
+        max_participations=config.max_participations,
+        most_apart=fleet_rounds,
     )
     return mechanisms.create(
         config.mechanism,

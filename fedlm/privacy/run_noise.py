@@ -8,7 +8,6 @@ that died between the two is thrown away with it, so no draw is ever used on two
 
 from __future__ import annotations
 
-import secrets
 from hashlib import blake2b
 from typing import Protocol
 
@@ -19,7 +18,7 @@ from fedlm.errors import DataError
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.fixed_point import FRACTION_BITS, IntVector
 from fedlm.privacy.mechanisms.base import Mechanism, RoundNoise
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise import NoiseStream, fresh_key, reproducible_key
 from fedlm.privacy.skellam import Skellam
 
 
@@ -133,7 +132,4 @@ class RunNoise:
         return noise
 
     def _key(self, round_number: int) -> int:
-        if self._seed is None:
-            return secrets.randbits(128)
-        digest = blake2b(f"{self._seed}/noise/{round_number}".encode(), digest_size=16).digest()
-        return int.from_bytes(digest, "little")
+        return fresh_key() if self._seed is None else reproducible_key(self._seed, round_number)

@@ -12,19 +12,19 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from fedlm.privacy.noise import MAX_STD, NoiseStream
+from fedlm.privacy.noise import MAX_STD, NoiseStream, fresh_key, reproducible_key
 
 
 def draw(size: int, std: float, stream: NoiseStream | None = None) -> npt.NDArray[np.int64]:
     total = np.zeros(size, np.int64)
-    (stream or NoiseStream.from_system()).add_to(total, std)
+    (stream or NoiseStream(fresh_key())).add_to(total, std)
     return total
 
 
 # A reproducible stream: a p-value under a fixed key cannot fail by chance.
 @pytest.mark.parametrize("std", [3e4, 2.0**40, 0.67 * 2.0**40, 2.0**57])
 def test_law_is_the_standard_normal_to_the_tails(std: float) -> None:
-    noise = draw(400_000, std, NoiseStream.reproducible(5, 1)) / std
+    noise = draw(400_000, std, NoiseStream(reproducible_key(5, 1))) / std
     assert stats.kstest(noise, "norm").pvalue > 1e-3
     assert np.mean(noise) == pytest.approx(0, abs=5 / np.sqrt(noise.size))
     assert np.var(noise) == pytest.approx(1, abs=5 * np.sqrt(2 / noise.size))
@@ -35,7 +35,7 @@ def test_law_is_the_standard_normal_to_the_tails(std: float) -> None:
 @pytest.mark.parametrize("std", [1000.0, 2.0**40, 1.5 * 2.0**44])
 def test_the_lattice_of_the_result_is_public(std: float) -> None:
     step = max(1, 2 ** (int(np.log2(std)) - 20))
-    stream = [NoiseStream.reproducible(1, 1) for _ in range(2)]
+    stream = [NoiseStream(reproducible_key(1, 1)) for _ in range(2)]
     total = np.arange(50_000) * 7_919 + 1  # a sum off the lattice
     stream[0].add_to(total, std)
     assert not (total % step).any()
@@ -56,25 +56,25 @@ def test_every_stream_is_fresh() -> None:
 
 
 def test_noise_does_not_depend_on_chunks_and_covers_every_coordinate() -> None:
-    long, short = (draw(size, 2.0**40, NoiseStream.reproducible(3, 2)) for size in (50_001, 16_385))
+    long, short = (draw(size, 2.0**40, NoiseStream(reproducible_key(3, 2))) for size in (50_001, 16_385))
     assert np.array_equal(long[:16_385], short)
     assert (long != 0).mean() > 0.999
 
 
 def test_reproducible_noise_is_keyed_by_seed_and_round() -> None:
     noise = {
-        (seed, number): draw(100, 2.0**40, NoiseStream.reproducible(seed, number)).tobytes()
+        (seed, number): draw(100, 2.0**40, NoiseStream(reproducible_key(seed, number))).tobytes()
         for seed in (1, 2)
         for number in (1, 2)
     }
     assert len(set(noise.values())) == 4
-    assert noise[2, 1] == draw(100, 2.0**40, NoiseStream.reproducible(2, 1)).tobytes()
+    assert noise[2, 1] == draw(100, 2.0**40, NoiseStream(reproducible_key(2, 1))).tobytes()
 
 
 def test_streams_can_be_neither_pickled_nor_copied() -> None:
     for copying in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="neither pickled, copied nor checkpointed"):
-            copying(NoiseStream.from_system())
+            copying(NoiseStream(fresh_key()))
 
 
 def test_a_forked_process_draws_other_noise() -> None:
@@ -96,7 +96,7 @@ def test_a_forked_process_draws_other_noise() -> None:
 def test_the_largest_noise_on_a_full_sum_does_not_overflow() -> None:
     for sign in (1, -1):
         total = np.full(300_000, sign * 2**62)
-        NoiseStream.reproducible(1, 1).add_to(total, MAX_STD)
+        NoiseStream(reproducible_key(1, 1)).add_to(total, MAX_STD)
         deviation = (total.astype(np.float64) - sign * 2.0**62) / MAX_STD
         assert np.std(deviation) == pytest.approx(1, abs=0.01)
 

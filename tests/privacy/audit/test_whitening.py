@@ -7,7 +7,7 @@ import pytest
 
 from fedlm.privacy.audit.whitening import whitening
 from fedlm.privacy.mechanisms import Mechanism, Participation, create
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise import NoiseStream, reproducible_key
 
 ROUNDS = 24
 RULE = Participation("separated", 6_000, 1_000, ROUNDS, separation=6, max_participations=4)
@@ -32,7 +32,7 @@ def test_whitened_noise_is_independent(name: str) -> None:
     made, size = mechanism(name), 20_000
     noise, rows = made.new_noise(size), np.zeros((ROUNDS, size), np.int64)
     for t, row in enumerate(rows):
-        noise.add_to(row, 2.0**40, NoiseStream.reproducible(5, t))
+        noise.add_to(row, 2.0**40, NoiseStream(reproducible_key(5, t)))
     white = whitening(made, ROUNDS) @ (rows / 2.0**40)  # (T, P)
     covariance = white @ white.T / size
     assert np.abs(covariance - np.eye(ROUNDS)).max() < 5.5 * np.sqrt(2 / size)

@@ -17,7 +17,7 @@ from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Floats
 from fedlm.privacy.mechanisms.blt import Blt
 from fedlm.privacy.mechanisms.tree import Tree, TreeNoise, zeta
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise import NoiseStream, reproducible_key
 
 
 def patterns(rounds: int, separation: int, most: int) -> Iterator[Floats]:
@@ -130,12 +130,12 @@ def errors_of(rounds: int) -> Floats:
     size, noise, draws = 500, TreeNoise(500, rounds), []
     rows = []
     for number in range(1, rounds + 1):
-        stream = NoiseStream.reproducible(3, number)
+        stream = NoiseStream(reproducible_key(3, number))
         for _ in range((number & -number).bit_length()):
             draws.append(np.empty(size))
             stream.normals(draws[-1])
         total = np.zeros(size, np.int64)
-        noise.add_to(total, 2.0**50, NoiseStream.reproducible(3, number))
+        noise.add_to(total, 2.0**50, NoiseStream(reproducible_key(3, number)))
         rows.append(total / 2.0**50)
     solution, *_ = np.linalg.lstsq(np.array(draws).T, np.array(rows).T, rcond=None)
     return np.asarray(solution.T)
