@@ -60,12 +60,13 @@ class Experiment:
 
         The rule is public: device d has training user d modulo their number. With more devices than training users
         devices are copies, and what holds for one device does not hold for one user. An audit's canaries come last;
-        where a data size is asked for they count as the training user with the least text, which they do not hold.
+        where a data size is asked for they count as a public or held-out user, whose text they do not hold: no private
+        user's size may decide whether a canary has the memory or the time.
         """
         users = self.store.users("train")
         real = np.resize(users, self.canaries.first_device)  # cyclic
-        shortest = users[np.argmin(self.store.num_tokens[users])]
-        fleet = np.append(real, np.full(self.canaries.count, shortest))
+        others = [*self.store.users("public")[:1], *self.store.users("eval")[:1], *users[:1]]
+        fleet = np.append(real, np.full(self.canaries.count, others[0]))
         fleet.flags.writeable = False
         return fleet
 

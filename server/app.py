@@ -75,22 +75,23 @@ def main(grid: Grid, context: Context) -> None:
         _surroundings.listener({"event": "note", "text": f"devices train one by one: {reason}"})
     if not resumes:
         folder = new_folder(out, experiment, trainable)
-    engine = Engine(
-        grid,
-        experiment,
-        plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed),
-        strategy=strategy_of(config.strategy),
-        spec=trainable.spec,
-        values=trainable.initial_values(),
-        folder=folder,
-        listener=_surroundings.listener,
-        fleet=fleet,
-    )
-    if resumes:
-        engine.resume()
-    else:
-        engine.start()
-    engine.run()
+    with folder.locked():
+        engine = Engine(
+            grid,
+            experiment,
+            plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed),
+            strategy=strategy_of(config.strategy),
+            spec=trainable.spec,
+            values=trainable.initial_values(),
+            folder=folder,
+            listener=_surroundings.listener,
+            fleet=fleet,
+        )
+        if resumes:
+            engine.resume()
+        else:
+            engine.start()
+        engine.run()
     if config.trainable.lora.rank:
         blocks = trainable.spec.views(engine.state.values)
         base = config.model.name if is_pretrained(config) else str(base_folder(config))

@@ -19,6 +19,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedlm.config.load import config_hash
+from fedlm.config.schema import Config, ExecutionConfig
 from fedlm.data.batching import evaluation_users
 from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
@@ -50,7 +51,7 @@ from server.exchange import Order
 from server.payload import DownloadMeter
 from server.round_privacy import RoundPrivacy, release_arrays
 from server.rounds import CohortReport, json_number
-from server.run_folder import RunFolder
+from server.run_folder import CONFIG, RunFolder
 from server.turnout import Fleet, Turnout
 
 Listener = Callable[[dict[str, object]], None]
@@ -97,7 +98,7 @@ class Engine:
         self._eval_requests = self._plan_evaluation()
         self._bytes_up = self._bytes_down = 0
         self._seconds_before, self._started = 0.0, time.monotonic()
-        self._round, self._peak_mb = 0, 0.0
+        self._round, self._num_released, self._peak_mb = 0, 0, 0.0
         self._diagnostics: dict[str, float | None] = {}
         self._state_is_whole = True
         self._rows = lru_cache(maxsize=4)(self._privacy.rows)  # of round t, wanted several times a round
@@ -124,14 +125,14 @@ class Engine:
         slots = {name.removeprefix("slot."): a for name, a in arrays.items() if name.startswith("slot.")}
         self._state = StrategyState(arrays["values"], slots, meta["num_steps"])
         self._privacy.restore(arrays, meta["privacy_state"])
-        self._check_fleet()
+        self._check_unchanged(meta["experiment"])
         for t in range(1, done + 1):
             self._meter_round(t)
         for t, released in self._folder.releases(after=done):
             self._meter_round(t)
             self._replay(t, released)
             done = t
-        self._round = done
+        self._round = self._num_released = done
         self._privacy.rewind_keys(done)
         self._device_log.rewind(done)
         self._mend_lines(done)
@@ -198,6 +199,7 @@ class Engine:
             ledger = [*failures, turnout.complete(summary)]
             record.update(metrics=metrics, ledger=ledger, clipper=total.clipper.to_text())
             self._folder.write_release(t, {**release_arrays(released), "rows": self._rows(t)}, record)
+            self._num_released = t
             return released
 
         self._step(t, total, release)
@@ -324,8 +326,12 @@ class Engine:
         self._bytes_down += int(turnout.bytes_down.sum())
         return turnout
 
-    def _check_fleet(self) -> None:
-        """Refuse to go on with another fleet: who takes part would change in the middle of the run."""
+    def _check_unchanged(self, experiment: str) -> None:
+        """Refuse to go on with another config or fleet: the ledger would have cohorts that never were."""
+        if experiment != _identity(self._config):
+            raise DataError(
+                f"{self._folder.path / CONFIG} changed since the run began; restore it ([execution] alone may change)"
+            )
         known = [line["fleet"] for line in self._folder.lines("ledger.jsonl") if "fleet" in line]
         if known and known[0] != self._describe_fleet():
             profile = self._config.fleet.profile
@@ -339,7 +345,7 @@ class Engine:
         arrays = {"values": self._state.values, **slots, **self._privacy.arrays()}
         meta = {
             "num_steps": self._state.num_steps,
-            "config_hash": config_hash(self._config),
+            "experiment": _identity(self._config),
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
             "privacy": self._plan.figures(),
             "privacy_state": self._privacy.text(),
@@ -409,8 +415,13 @@ class Engine:
 
     def _end_event(self, status: str) -> dict[str, Any]:
         done = self._state.num_steps
-        return {"event": "end", "status": status, "round": done, **self._privacy.realised(done),
+        return {"event": "end", "status": status, "round": done, **self._privacy.realised(self._num_released),
                 "peak_device_mb": round(self._peak_mb, 1), "seconds": round(self._seconds(), 3)}  # fmt: skip
+
+
+def _identity(config: Config) -> str:
+    """Return the hash of all that a run's releases depend on, but for where and how fast they are computed."""
+    return config_hash(replace(config, execution=ExecutionConfig()))
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from fedlm.errors import DataError, OutputError
+from server.run_folder import sync_folder
 
 NAME = "noise_keys"
 
@@ -47,6 +48,7 @@ class NoiseKeys:
                 stream.write(f"{round_number} {key:032x}\n")
                 stream.flush()
                 os.fsync(stream.fileno())
+            sync_folder(self._path.parent)
         except OSError as error:
             fix = "free some space or make it writable, then `fedlm resume` this run"
             raise OutputError(f"{self._path} cannot be written: {error.strerror or error}; {fix}") from error
@@ -70,6 +72,7 @@ class NoiseKeys:
             stream.flush()
             os.fsync(stream.fileno())
         self._next.replace(self._path)
+        sync_folder(self._path.parent)
 
     def forget(self) -> None:
         """Delete the file, and what a crash in `rewind` may have left: nothing will be released any more."""

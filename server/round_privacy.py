@@ -94,7 +94,8 @@ class RoundPrivacy:
         seen = {"separation": self._ledger.separation, "max_participations": self._ledger.max_participations}
         if not self.plan.enabled or not num_releases:
             return {}
-        return {**seen, "epsilon_realised": self.plan.realised_epsilon(num_releases, **seen)}
+        realised = self.plan.realised_epsilon(num_releases, **seen)
+        return {**seen, **({"epsilon_realised": realised} if np.isfinite(realised) else {})}
 
     def arrays(self) -> dict[str, Any]:
         """Return the state's arrays for a checkpoint."""

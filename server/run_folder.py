@@ -4,6 +4,7 @@
     plan.json          the privacy plan as calibrated, so that a resumed run keeps its noise multiplier
     metrics.jsonl      a line a round
     ledger.jsonl       bytes, seconds, failures by cause, privacy events
+    lock               held by the process that runs in the folder
     journal/           the released mean of each round since the last checkpoint
     checkpoints/       whole states: a safetensors file and a readable meta file
     adapter/           at the end: the LoRA adapter as a peft folder
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -31,7 +33,7 @@ from safetensors.numpy import load_file, save
 
 from fedlm.errors import DataError, OutputError
 
-CONFIG, PLAN = "config.toml", "plan.json"
+CONFIG, PLAN, LOCK = "config.toml", "plan.json", "lock"
 KEEP_CHECKPOINTS = 2
 
 
@@ -88,6 +90,22 @@ class RunFolder:
                 f"{path} is not a run folder (no config.toml, plan.json or checkpoints); give the --out of a run"
             )
         return folder
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process from running in this folder: two would release one round twice.
+
+        Raises:
+            OutputError: Another process runs in it.
+        """
+        with _explained(self.path):
+            stream = (self.path / LOCK).open("a")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"{self.path} is in use by another process; wait for it or end it") from None
+            yield
 
     def text(self, name: str) -> str:
         """Return one of the texts that the folder was created with."""
@@ -217,8 +235,18 @@ def write_atomically(file: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
+        sync_folder(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a file that was written and renamed is lost with the power otherwise."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -82,10 +82,13 @@ class SumExchange(Exchange):
                 self._kept[sent.node].append(sent.pieces[0])
                 return
         partial = from_records(PartialSum, "sum", content)
-        if sorted(partial.pieces.tolist()) == sorted(piece.index for piece in sent.pieces):
-            self._take(partial)
-        else:
+        if sorted(partial.pieces.tolist()) != sorted(piece.index for piece in sent.pieces):
             self._fail(sent, "the node no longer has what it had trained")
+        elif partial.num_devices > sum(len(piece.request.devices) for piece in sent.pieces):
+            # The bound on a sum's norm grows with its devices: their number is not the node's to say.
+            self._fail(sent, f"the node's sum claims {partial.num_devices:,} devices, more than it was asked for")
+        else:
+            self._take(partial)
 
     def _fail(self, sent: Outgoing, reason: str) -> None:
         super()._fail(sent, reason)

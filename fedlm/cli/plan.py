@@ -12,6 +12,7 @@ import typer
 from fedlm.cli.options import ConfigFile, Json, Overrides, read_config
 from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.privacy import Positive
+from fedlm.privacy.statement import rounded_up
 
 if TYPE_CHECKING:
     from fedlm.experiment import Experiment
@@ -110,7 +111,7 @@ def _show(found: dict[str, Any]) -> None:
                 f"{data_size(moved['down_again'])} after {figure(moved['rounds_between'], 3)} rounds, a device's mean "
                 f"pause; {data_size(moved['down_first'])} at a first visit in the last round; the base comes once",
             ),
-            ("privacy", f"epsilon {figure(found['epsilon'], 3)} at delta {figure(found['delta'], 2)}"),
+            ("privacy", f"epsilon {rounded_up(found['epsilon'])} at delta {figure(found['delta'], 2)}"),
             (
                 "noise",
                 f"multiplier {figure(found['noise_multiplier'])}, clip norm {figure(found['clip_norm'])}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from fedlm.cli.options import Json
 from fedlm.cli.output import print_json, print_table
 from fedlm.errors import ConfigError, OutputError
+from fedlm.privacy.statement import rounded_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -212,13 +214,13 @@ def _statement(mechanism: Mechanism, epsilon: float, delta: float, noise_multipl
     rule = mechanism.participation
     if (mechanism.name, rule.sampler) == ("gaussian", "poisson"):
         return (
-            f"({epsilon:.4g}, {delta:g})-differentially private for each user (add or remove one): "
+            f"({rounded_up(epsilon)}, {delta:g})-differentially private for each user (add or remove one): "
             f"Gaussian noise of multiplier {noise_multiplier:.4g} in each of {rule.rounds} rounds, "
             f"about {rule.cohort} of {rule.population} users Poisson-sampled in each; PLD accounting"
         )
     return (
-        f"({epsilon:.4g}, {delta:g})-differentially private for each user ({mechanism.adjacency}): noise multiplier "
-        f"{noise_multiplier:.4g} over {rule.rounds} rounds, {mechanism.description}"
+        f"({rounded_up(epsilon)}, {delta:g})-differentially private for each user ({mechanism.adjacency}): noise "
+        f"multiplier {noise_multiplier:.4g} over {rule.rounds} rounds, {mechanism.description}"
     )
 
 
@@ -234,13 +236,14 @@ def _print(
         server = mechanism.epsilon_server(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
         found |= {"epsilon_server": server, "bits": design.bits}
         statement += (
-            f"; epsilon {server:.4g} against a server that knows the cohorts and gets sums of "
+            f"; epsilon {rounded_up(server)} against a server that knows the cohorts and gets sums of "
             f"{mechanism.min_survivors:,} devices or more; {design.bits} bits a coordinate"
         )
     if json:
         print_json({**found, "statement": statement})
     else:
-        print(f"{name} {value:.4f}\n{statement}")
+        # Upwards: with less noise, or for a smaller epsilon, the statement would not hold.
+        print(f"{name} {ceil(value * 1e4) / 1e4:.4f}\n{statement}")
 
 
 def _print_rows(rows: Sequence[Row]) -> None:

@@ -20,7 +20,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from fedlm.privacy.statement import rounded_up
+from rich.progress import Progress
 
 Listener = Callable[[dict[str, object]], None]
 _Event = Mapping[str, Any]
@@ -60,7 +61,7 @@ def sentence(event: _Event) -> str:
         case "round":
             figures = [
                 ("perplexity {:.1f}", event.get("perplexity")),
-                ("epsilon {:.3f}", event.get("epsilon")),
+                ("epsilon {}", None if event.get("epsilon") is None else rounded_up(event["epsilon"])),
                 ("{:.1f} devices/s", event.get("devices_per_second")),
                 ("{:.1f} MB", event.get("megabytes")),
             ]

@@ -28,16 +28,16 @@ def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
         found.append("NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise")
     if terms.epsilon_as_published is not None:
         found.append(
-            f"noise allocated as published: its accounting would claim epsilon {_up(terms.epsilon_as_published)}; the "
-            f"least noise that a group can get, {terms.adaptation.noise_floor:g} of the nominal, makes it "
-            f"{_up(terms.epsilon(terms.rounds))}"
+            f"noise allocated as published: its accounting would claim epsilon "
+            f"{rounded_up(terms.epsilon_as_published)}; the least noise that a group can get, "
+            f"{terms.adaptation.noise_floor:g} of the nominal, makes it {rounded_up(terms.epsilon(terms.rounds))}"
         )
     if terms.mimics:
         accounted, real = terms.epsilon(terms.rounds), terms.epsilon_of_this_fleet(terms.rounds)
         found.append(
-            f"no guarantee for this model: epsilon {_up(accounted)} is that of {terms.expected_cohort:,} of "
+            f"no guarantee for this model: epsilon {rounded_up(accounted)} is that of {terms.expected_cohort:,} of "
             f"{terms.population:,} users a round; the simulated {terms.cohort:,} of {terms.fleet_size:,} got "
-            f"epsilon {_up(real)}"
+            f"epsilon {rounded_up(real)}"
         )
     return tuple(found)
 
@@ -46,7 +46,7 @@ def statement(terms: PrivacyTerms) -> str:
     """Return the guarantee with every figure it rests on, and the stamps."""
     if not terms.enabled:
         return stamps(terms)[0] + "."
-    epsilon = _up(terms.epsilon(terms.rounds))
+    epsilon = rounded_up(terms.epsilon(terms.rounds))
     guarantee = (
         f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {_UNIT}; "
         f"adjacency: {terms.mechanism.adjacency}) for all {terms.rounds:,} releases together: "
@@ -67,8 +67,9 @@ def _server(terms: PrivacyTerms) -> tuple[str, ...]:
     times = most_participations(mechanism.participation, terms.rounds)
     return (
         f"Against a server that follows the protocol and knows the cohorts, but gets nothing except sums of at least "
-        f"{mechanism.min_survivors:,} devices by secure aggregation: epsilon {_up(epsilon)} (adjacency: {ZERO_OUT}, in "
-        f"at most {times:,} rounds); a transport that shows it smaller sums gives no guarantee against it.",
+        f"{mechanism.min_survivors:,} devices by secure aggregation: epsilon {rounded_up(epsilon)} (adjacency: "
+        f"{ZERO_OUT}, in at most {times:,} rounds); a transport that shows it smaller sums gives no guarantee against "
+        "it.",
     )
 
 
@@ -123,8 +124,12 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
     }
 
 
-def _up(value: float) -> str:
-    """Return an epsilon rounded up to four digits: a printed figure never promises more than was computed."""
+def rounded_up(value: float) -> str:
+    """Return an epsilon rounded up to four digits: a printed figure never promises more than was computed.
+
+    >>> rounded_up(1.12841), rounded_up(0.000491234)
+    ('1.129', '0.0004913')
+    """
     if not math.isfinite(value):
         return "infinity"
     if value == 0:

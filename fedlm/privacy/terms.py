@@ -128,8 +128,12 @@ class PrivacyTerms:
         )
 
     def realised_epsilon(self, num_releases: int, *, separation: int, max_participations: int) -> float:
-        """Return `epsilon` for the participation that a ledger saw (`fedlm.privacy.cohorts.ParticipationLedger`)."""
-        if not self.enabled:
+        """Return `epsilon` for the participation that a ledger saw (`fedlm.privacy.cohorts.ParticipationLedger`).
+
+        Infinite where no such figure would be true: without noise or with noise that repeats, and for a fleet that
+        mimics another, whose participation is not that of the fleet accounted for.
+        """
+        if not self.enabled or self.reproducible_noise or self.mimics:
             return math.inf
         return self.mechanism.realised_epsilon(
             noise_multiplier=self.noise_multiplier,

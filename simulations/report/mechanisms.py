@@ -8,7 +8,7 @@ from typing import Any
 from fedlm.errors import DataError
 from fedlm.privacy.compare import Row
 from simulations.report.axes import Axis
-from simulations.report.figures import figure
+from simulations.report.figures import bound, figure
 from simulations.report.lines import Mark, Series, line_chart
 from simulations.report.markup import Markup, element, escape, text
 from simulations.report.panels import card
@@ -81,7 +81,7 @@ def mechanism_section(record: RunRecord) -> list[Markup]:
     if record.comparison is None:
         return []
     rows, own, advice = _read(record, record.comparison)
-    own_words = f"{own['mechanism']}: RMSE {figure(own['prefix_rmse'])} at epsilon {figure(own['epsilon'])}"
+    own_words = f"{own['mechanism']}: RMSE {figure(own['prefix_rmse'])} at epsilon {bound(own['epsilon'])}"
     chart = card(
         _TITLE,
         "Root mean square noise of a coordinate of the prefix sums of all releases, which is where the model is; the "

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from scipy import stats
+from tiny_private_runs import TINY, StoppedError, final, lines, quiet, stop_in
 
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError, DataError, OutputError
@@ -20,10 +21,6 @@ from simulations.run import resume, simulate
 
 Make = Callable[..., Config]
 
-TINY = (
-    "execution.grid=inprocess", "data.max_tokens_per_user=40", "fleet.cohort=12", "rounds=5", "execution.eval_every=0",
-    "execution.checkpoint_every=3", "model.d_model=16", "trainable.embedding_rows.count=40",
-)  # fmt: skip
 SAME_ROWS = "trainable.embedding_rows.sampler=top_k"
 VARIANTS = {
     "blt": ("privacy.mechanism=blt", SAME_ROWS),
@@ -37,30 +34,6 @@ VARIANTS = {
         "trainable.embedding_rows.selection_threshold=0.5",
     ),
 }  # fmt: skip
-
-
-class StoppedError(Exception):
-    """Raised by a listener in mid-round."""
-
-
-def quiet(event: dict[str, object]) -> None:
-    """Ignore progress."""
-
-
-def stop_in(round_number: int) -> Callable[[dict[str, object]], None]:
-    def listener(event: dict[str, object]) -> None:
-        if event["event"] == "device_done" and event["round"] == round_number:
-            raise StoppedError
-
-    return listener
-
-
-def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def final(run: Path) -> dict[str, Any]:
-    return load_file(run / "checkpoints" / "round_000005.safetensors")
 
 
 def state_text(run: Path) -> str:
@@ -90,7 +63,9 @@ def test_a_run_stopped_in_mid_round_resumes_to_the_same_bits(
     assert one == two
     assert not (tmp_path / "run" / "noise_keys").exists()
     end = lines(tmp_path / "run", "ledger.jsonl")[-1]
-    assert 0 < end["epsilon_realised"] <= 2 * (1 + 1e-4)
+    assert end["separation"] >= 1
+    assert end["max_participations"] >= 1
+    assert "epsilon_realised" not in end  # reproducible noise has none
     if variant == "selection":
         assert "privacy.word_scores" in mine
 
@@ -157,6 +132,31 @@ def test_a_run_whose_keys_are_lost_is_not_resumed(small: Make, tmp_path: Path) -
     (tmp_path / "run" / "noise_keys").unlink()
     with pytest.raises(DataError, match="noise keys of 0 rounds, 2 were released"):
         resume(tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("variant", ["blt", "clip"])
+def test_the_realised_epsilon_is_told_where_it_is_true(small: Make, tmp_path: Path, variant: str) -> None:
+    real = (*TINY, *VARIANTS[variant], "rounds=3", "privacy.reproducible_noise=false")
+    mimicked = ("privacy.population=1000000", "privacy.expected_cohort=1000")
+    for name, settings in (("real", real), ("mimicked", (*real, *mimicked))):
+        simulate(small(*settings), tmp_path / name, quiet)
+    end = lines(tmp_path / "real", "ledger.jsonl")[-1]
+    assert 0 < end["epsilon_realised"] <= 2 * (1 + 1e-4)
+    assert "epsilon_realised" not in lines(tmp_path / "mimicked", "ledger.jsonl")[-1]
+
+
+def test_nobody_runs_in_a_folder_twice_or_with_another_config(small: Make, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        simulate(small(*TINY, *VARIANTS["blt"]), run, stop_in(3))
+    with RunFolder.open(run).locked(), pytest.raises(OutputError, match="in use by another process"):
+        resume(run, quiet)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("cohort = 12", "cohort = 13"))
+    with pytest.raises(DataError, match=r"config\.toml changed"):
+        resume(run, quiet)
+    (run / "config.toml").write_text(text.replace("checkpoint_every = 3", "checkpoint_every = 4"))
+    resume(run, quiet)
 
 
 @pytest.mark.parametrize("start", [0.01, 100.0])

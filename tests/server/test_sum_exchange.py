@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,3 +233,19 @@ def test_a_sum_of_a_former_exchange_is_never_taken() -> None:
     assert {next(interrupted)[0] for _ in range(3)} == {0, 1, 2}
     interrupted.close()  # type: ignore[attr-defined]
     Result(grid, 5).assert_exact()
+
+
+def test_a_node_that_claims_more_devices_than_it_was_asked_for_is_not_believed() -> None:
+    """The bound on a sum's norm grows with its devices; for absent ones too, one device could move the mean far."""
+
+    class Boaster(Node):
+        def handle(self, message: Message, *, raises: bool = False, stale: bool = False) -> Message:
+            reply = super().handle(message, raises=raises, stale=stale)
+            partial = from_records(PartialSum, "sum", reply.content)
+            boasted = replace(partial, num_devices=partial.num_devices + 1)
+            return Message(RecordDict({**reply.content, **to_records("sum", boasted)}), reply_to=message)
+
+    grid = FaultyGrid(1, [], remembers=False)
+    grid.nodes[10] = Boaster()
+    with pytest.raises(WorkerError, match="claims"):
+        Result(grid, 3)
