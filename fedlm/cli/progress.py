@@ -20,8 +20,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlm.privacy.statement import rounded_up
-from rich.progress import Progress
+    from rich.progress import Progress
 
 Listener = Callable[[dict[str, object]], None]
 _Event = Mapping[str, Any]
@@ -59,6 +58,8 @@ def sentence(event: _Event) -> str:
         case "device_done":
             return f"round {event['round']}  device {event['done']}/{event['total']}"
         case "round":
+            from fedlm.privacy.statement import rounded_up
+
             figures = [
                 ("perplexity {:.1f}", event.get("perplexity")),
                 ("epsilon {}", None if event.get("epsilon") is None else rounded_up(event["epsilon"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from fedlm.cli.app import app
 from fedlm.errors import ConfigError, DataError, OutputError
 from fedlm.privacy import accounting
+from fedlm.privacy.statement import rounded_up
 
 FLEET = ["--population", "2000", "--cohort", "100", "--rounds", "60", "--delta", "1e-6"]
 
@@ -30,8 +32,9 @@ def answer(*words: str) -> dict[str, Any]:
 
 def test_defaults_are_the_poisson_sampled_gaussian() -> None:
     spent = accounting.epsilon(sampling_probability=0.05, noise_multiplier=1.2, rounds=60, delta=1e-6)
+    above = math.ceil(spent * 1e4) / 1e4
     assert run("epsilon", *FLEET, "--noise-multiplier", "1.2") == (
-        f"epsilon {spent:.4f}\n({spent:.4g}, 1e-06)-differentially private for each user (add or remove one): Gaussian "
+        f"epsilon {above:.4f}\n({rounded_up(spent)}, 1e-06)-differentially private for each user (add or remove one): Gaussian "
         "noise of multiplier 1.2 in each of 60 rounds, about 100 of 2000 users Poisson-sampled in each; PLD accounting"
         "\n"
     )
