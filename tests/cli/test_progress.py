@@ -57,7 +57,7 @@ def test_a_warning_shows_once_even_when_all_else_is_quiet() -> None:
 
 
 def test_a_round_in_words() -> None:
-    assert sentence(ROUND) == "round 2/30  perplexity 412.3  epsilon 0.500  51.0 devices/s  3.2 MB"
+    assert sentence(ROUND) == "round 2/30  perplexity 412.3  epsilon 0.5  51.0 devices/s  3.2 MB"
 
 
 @pytest.mark.parametrize(("quiet", "as_json"), [(False, False), (True, False), (False, True)])
