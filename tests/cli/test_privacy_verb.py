@@ -35,8 +35,8 @@ def test_defaults_are_the_poisson_sampled_gaussian() -> None:
     above = math.ceil(spent * 1e4) / 1e4
     assert run("epsilon", *FLEET, "--noise-multiplier", "1.2") == (
         f"epsilon {above:.4f}\n({rounded_up(spent)}, 1e-06)-differentially private for each user (add or remove one): "
-        "Gaussian noise of multiplier 1.2 in each of 60 rounds, about 100 of 2000 users Poisson-sampled in each; PLD accounting"
-        "\n"
+        "Gaussian noise of multiplier 1.2 in each of 60 rounds, about 100 of 2000 users Poisson-sampled in each; "
+        "PLD accounting\n"
     )
 
 
