@@ -12,7 +12,7 @@ import typer
 from fedlm.cli.options import ConfigFile, Json, Overrides, read_config
 from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.privacy import Positive
-from fedlm.privacy.statement import rounded_up
+from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
     from fedlm.experiment import Experiment

@@ -13,7 +13,7 @@ import typer
 from fedlm.cli.options import Json
 from fedlm.cli.output import print_json, print_table
 from fedlm.errors import ConfigError, OutputError
-from fedlm.privacy.statement import rounded_up
+from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from fedlm.rounding import rounded_up
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -58,8 +60,6 @@ def sentence(event: _Event) -> str:
         case "device_done":
             return f"round {event['round']}  device {event['done']}/{event['total']}"
         case "round":
-            from fedlm.privacy.statement import rounded_up
-
             figures = [
                 ("perplexity {:.1f}", event.get("perplexity")),
                 ("epsilon {}", None if event.get("epsilon") is None else rounded_up(event["epsilon"])),

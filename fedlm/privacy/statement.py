@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedlm.privacy.mechanisms.participations import ZERO_OUT, most_participations
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
+from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
     from fedlm.privacy.terms import PrivacyTerms
@@ -122,21 +123,6 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
         "statement": statement(terms),
         "stamps": list(stamps(terms)),
     }
-
-
-def rounded_up(value: float) -> str:
-    """Return an epsilon rounded up to four digits: a printed figure never promises more than was computed.
-
-    >>> rounded_up(1.12841), rounded_up(0.000491234)
-    ('1.129', '0.0004913')
-    """
-    if not math.isfinite(value):
-        return "infinity"
-    if value == 0:
-        return "0"
-    step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    rounded = math.ceil(value / step) * step
-    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.4g}"
 
 
 def _finite(value: float) -> float | None:

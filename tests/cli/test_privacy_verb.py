@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedlm.cli.app import app
 from fedlm.errors import ConfigError, DataError, OutputError
 from fedlm.privacy import accounting
-from fedlm.privacy.statement import rounded_up
+from fedlm.rounding import rounded_up
 
 FLEET = ["--population", "2000", "--cohort", "100", "--rounds", "60", "--delta", "1e-6"]
 

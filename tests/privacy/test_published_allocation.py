@@ -63,7 +63,7 @@ def test_every_group_of_a_release_has_at_least_the_accounted_noise() -> None:
     made = plan(noise_floor=0.5)
     state = made.first_state(SPEC)
     assert state.allocation is not None
-    learnt = replace(state.allocation, sensitivity=(1.0, 0.1, 0.05), uncertainty=(1.0, 1.0, 1.0))
+    learnt = replace(state.allocation, sensitivity=(1.0, 0.1, 0.05), uncertainty=(1.0, 1.0, 1.0), num_rounds=100)
     clipper = made.clipper(PrivacyState(state.clip_norm, learnt), SPEC, 1)
     released = made.release(clipper.new_sum(SPEC.size), 1)  # of an empty cohort: noise alone
     stds = np.array([block.view(released.mean).std() for block in SPEC.blocks]) / released.noise_std
