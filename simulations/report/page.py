@@ -20,7 +20,8 @@ from simulations.report.wording import mechanism_in_words, sampler_in_words
 from simulations.run_files import Record, RunRecord, read_run
 from simulations.summary import RunSummary, summarise_record
 
-_BOUNDS = {"epsilon", "epsilon_of_this_fleet", "epsilon_as_published", "epsilon_realised"}
+_RARE = {"epsilon_server", "epsilon_as_published"}  # of one mechanism, of one allocation
+_BOUNDS = {"epsilon", "epsilon_of_this_fleet", "epsilon_realised", *_RARE}
 _WORDS = {"mechanism": mechanism_in_words, "sampler": sampler_in_words}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -176,6 +177,7 @@ def _privacy(record: RunRecord) -> Markup:
         (key.replace("_", " "), _figure(key, value))
         for key, value in [*record.privacy.items(), *_realised(record).items()]
         if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
+        if value is not None or key not in _RARE
     ]
     claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"))
     return element(
