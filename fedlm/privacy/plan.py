@@ -26,13 +26,13 @@ import numpy.typing as npt
 
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy import accounting, cohorts, mechanisms
+from fedlm.privacy import accounting, cohorts
 from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
+from fedlm.privacy.calibration import mechanism_of, noise_multiplier_of
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
-from fedlm.privacy.mechanisms.base import Mechanism
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
@@ -164,8 +164,8 @@ class PrivacyPlan(PrivacyTerms):
         require_count("fleet_size", fleet_size, low=1, fix=_NO_DEVICES)
         require_count("fleet.cohort", cohort, low=1, high=fleet_size, fix="lower fleet.cohort or add devices")
         _require_population(population, expected)
-        mechanism = _mechanism(config, rounds, population, expected, fleet_size // cohort, size)
-        noise = _noise_multiplier(config, mechanism) if config.enabled else 0.0
+        mechanism = mechanism_of(config, rounds, population, expected, fleet_size // cohort, size)
+        noise = noise_multiplier_of(config, mechanism) if config.enabled else 0.0
         adaptation = Adaptation.create(
             config,
             noise_multiplier=noise,
@@ -390,62 +390,6 @@ class PrivacyPlan(PrivacyTerms):
                     "calibrate it, or privacy.epsilon = 0 to accept the cost"
                 )
         return self
-
-
-def _mechanism(
-    config: PrivacyConfig, rounds: int, population: int, cohort: int, fleet_rounds: int, size: int
-) -> Mechanism:
-    """Return the mechanism that a config names, for the accounted fleet.
-
-    Arguments:
-        config: The section [privacy].
-        rounds: T.
-        population, cohort: As accounted.
-        fleet_rounds: Rounds after which a device of the simulated fleet comes again, where devices take turns.
-        size: The most coordinates of a round; for Skellam noise.
-    """
-    samplers = mechanisms.SAMPLERS.get(config.mechanism, ("poisson",))  # `create` refuses other names
-    sampler = config.sampler or samplers[0]
-    separation = config.min_separation
-    if sampler != "separated" and (separation or config.max_participations):
-        raise ConfigError(
-            f"privacy.min_separation = {separation} and privacy.max_participations = {config.max_participations} are "
-            f"for devices that take turns, but the sampler is {sampler!r}; set privacy.sampler = 'separated', or both "
-            "to 0"
-        )
-    rule = cohorts.participation_rule(
-        sampler,
-        population=population,
-        cohort=cohort,
-        rounds=rounds,
-        cap=config.cap if sampler == "truncated_poisson" else 0,
-        min_separation=separation,
-        max_participations=config.max_participations,
-        most_apart=fleet_rounds,
-    )
-    return mechanisms.create(
-        config.mechanism,
-        rule,
-        delta=config.delta,
-        epsilon=config.epsilon,
-        noise_multiplier=config.noise_multiplier,
-        bands=config.bands,
-        buffers=config.buffers,
-        max_bands=fleet_rounds,
-        size=size,
-        grid_bits=config.grid_bits,
-        min_survivors=config.min_survivors,
-    )
-
-
-def _noise_multiplier(config: PrivacyConfig, mechanism: Mechanism) -> float:
-    """Return z as given or calibrated."""
-    if config.noise_multiplier:
-        return require_number("privacy.noise_multiplier", config.noise_multiplier, above=0)
-    if not config.epsilon:
-        raise ConfigError("privacy.epsilon = 0 and privacy.noise_multiplier = 0; give one of them")
-    require_number("privacy.delta", config.delta, low=accounting.MIN_DELTA, high=0.1)
-    return mechanism.noise_multiplier(epsilon=config.epsilon, delta=config.delta)
 
 
 def _require_population(population: int, expected_cohort: int) -> None:
