@@ -31,11 +31,6 @@ def bit_share(*, noise_multiplier: float, expected_cohort: int, quantile: float)
     return min(MAX_SHARE, 20 * noise_multiplier * bound / expected_cohort)
 
 
-def update_multiplier(*, noise_multiplier: float, bit_noise: float) -> float:
-    """Return z_delta = (z^-2 - (2 sigma_b)^-2)^-1/2, the multiplier that the update alone sees (theorem 1)."""
-    return 1 / math.sqrt(noise_multiplier**-2 - (2 * bit_noise) ** -2)
-
-
 def next_clip_norm(clip_norm: float, *, excess: float, learning_rate: float) -> float:
     """Return the next round's C.
 

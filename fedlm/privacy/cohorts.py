@@ -140,8 +140,8 @@ class ParticipationLedger:
 
     def __init__(self, rule: Participation) -> None:
         self._rule = rule
-        self._last = np.full(rule.population, -1, np.int64)  # (N,) last round, -1: none
-        self._counts = np.zeros(rule.population, np.int64)  # (N,)
+        self._last = np.full(rule.population, -1, np.int32)  # (N,) last round, -1: none
+        self._counts = np.zeros(rule.population, np.int32)  # (N,)
         self._least = 0
 
     @property
@@ -154,10 +154,11 @@ class ParticipationLedger:
         """The most rounds that any device was in; at least 1, so that it can be accounted."""
         return max(1, int(self._counts.max(initial=0)))
 
-    def eligible(self, round_number: int) -> npt.NDArray[np.bool_]:
-        """Return which devices (N,) may be in a round, the rounds before it being recorded."""
-        rested = (self._last < 0) | (round_number - self._last >= self._rule.separation)
-        return rested & (self._counts < (self._rule.max_participations or self._rule.rounds))
+    def eligible(self, round_number: int, devices: DeviceIds) -> npt.NDArray[np.bool_]:
+        """Return which of some devices (U,) may be in a round, the rounds before it being recorded."""
+        last = self._last[devices]
+        rested = (last < 0) | (round_number - last >= self._rule.separation)
+        return np.asarray(rested & (self._counts[devices] < (self._rule.max_participations or self._rule.rounds)))
 
     def record(self, round_number: int, cohort: DeviceIds) -> None:
         """Record a round's cohort, before any of it is asked for anything.
@@ -165,7 +166,7 @@ class ParticipationLedger:
         Raises:
             BudgetExceededError: A device would come too early or too often; nothing was recorded.
         """
-        barred = cohort[~self.eligible(round_number)[cohort]]
+        barred = cohort[~self.eligible(round_number, cohort)]
         if len(barred):
             device, rule = int(barred[0]), self._rule
             raise BudgetExceededError(

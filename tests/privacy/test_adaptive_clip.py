@@ -9,7 +9,7 @@ import pytest
 
 from fedlm.config.schema import PrivacyConfig
 from fedlm.privacy import PrivacyPlan
-from fedlm.privacy.adaptive_clip import bit_share, update_multiplier
+from fedlm.privacy.adaptive_clip import bit_share
 from fedlm.privacy.riders import ClipBit, update_share
 from fedlm.trainable.spec import UpdateSpec
 
@@ -48,7 +48,7 @@ def test_the_bits_cost_what_the_paper_says() -> None:
         sigma_b = z / share * 0.5
         assert sigma_b == pytest.approx(max(n / 20, z / 0.2 * 0.5))
         update = z / update_share((ClipBit(share, 0.5),))
-        assert update == pytest.approx(update_multiplier(noise_multiplier=z, bit_noise=sigma_b))
+        assert update == pytest.approx((z**-2 - (2 * sigma_b) ** -2) ** -0.5)  # theorem 1
 
 
 def test_a_round_is_noised_by_its_own_clip_norm() -> None:

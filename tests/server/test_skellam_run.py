@@ -15,7 +15,7 @@ from tiny_private_runs import TINY, StoppedError, final, lines, quiet, stop_in
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.privacy.plan import PrivacyPlan
-from simulations.run import resume, simulate
+from simulations.run import simulate
 
 Make = Callable[..., Config]
 
@@ -56,28 +56,6 @@ def test_with_hardly_any_noise_the_step_is_that_without(small: Make, tmp_path: P
     std = 0.0625 * 2 / 60
     assert (mine - exact).std() == pytest.approx(std, rel=0.1)
     assert abs(np.dot(mine - exact, exact)) < 5 * std * np.linalg.norm(exact)  # nothing of the signal is lost
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_run_stopped_in_mid_round_resumes_to_the_same_bits(small: Make, tmp_path: Path, killed: bool) -> None:
-    """With every rider and a moving clip norm; the encoded sum's size changes after the first two rounds."""
-    config = small(
-        *TINY, SKELLAM, "privacy.clip_quantile=0.6", 'privacy.metrics=["train_loss"]', "privacy.allocation=adaptive",
-        "trainable.embedding_rows.sampler=dp_adafest", "trainable.embedding_rows.selection_rounds=2",
-        "trainable.embedding_rows.selection_threshold=0.5", "privacy.epsilon=4",
-    )  # fmt: skip
-    simulate(config, tmp_path / "quiet", quiet)
-    with pytest.raises(StoppedError):
-        simulate(config, tmp_path / "run", stop_in(3))
-    if killed:
-        for file in (tmp_path / "run" / "checkpoints").glob("round_000002.*"):
-            file.unlink()
-    resume(tmp_path / "run", quiet)
-    mine, theirs = final(tmp_path / "run"), final(tmp_path / "quiet")
-    assert mine.keys() == theirs.keys()
-    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
-    end = lines(tmp_path / "run", "ledger.jsonl")[-1]
-    assert "epsilon_realised" not in end  # reproducible noise has none
 
 
 def test_the_ledger_has_the_bits_of_the_encodings_and_both_guarantees(small: Make, tmp_path: Path) -> None:
