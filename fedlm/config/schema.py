@@ -81,6 +81,9 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout in local training", low=0, high=0.9)
     tied: bool = option(True, "input and output embedding are one table")
     base: str = option("pretrain", "pretrain (trained once on the public users, cached), random, or a base folder")
+    re_attention: bool = option(
+        False, "transformer: correct attention for the noise of the released weights (docs/re_attention.md)"
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class TrainableConfig:
 
     lora: LoraConfig = option(factory=LoraConfig)
     bias: bool = option(False, "train every bias, LayerNorm's included (user-level BiTFiT)")
+    added_biases: bool = option(False, "give linear modules that have no bias one, zero at first (Llama)")
     dense: tuple[str, ...] = option((), "glob patterns of further tensors to train whole; '*' trains all of the body")
     embedding_rows: RowsConfig = option(factory=RowsConfig)
 
@@ -152,6 +156,39 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class ExampleDpConfig:
+    """Example-level DP-SGD (docs/example_dp.md): one sequence or one labelled text is the unit of privacy."""
+
+    enabled: bool = option(False, "clip each example's gradient and add noise to each step")
+    epsilon: float = option(
+        0.0, "target that the noise is calibrated to, or with noise_multiplier the budget; 0: neither", low=0
+    )
+    noise_multiplier: float = option(0.0, "noise std in units of clip_norm; 0: calibrated", low=0)
+    delta: float = option(1e-5, "", above=0, high=0.1)
+    clip_norm: float = option(0.1, "L2 bound on an example's gradient", above=0)
+    clipping: str = option(
+        "flat",
+        "flat: scaled down to clip_norm where longer; automatic: every example scaled to nearly clip_norm",
+        choices=("flat", "automatic"),
+    )
+    engine: str = option(
+        "fedlm", "who computes clipped gradients; opacus: per-sample hooks", choices=("fedlm", "opacus")
+    )
+
+
+@dataclass(frozen=True)
+class LocalExampleDpConfig(ExampleDpConfig):
+    """DP-SGD on each device inside a round, accounted for apart from the user-level noise."""
+
+    sampling_rate: float = option(
+        0.25, "probability of each of a device's sequences to be in a step's batch", above=0, high=1
+    )
+    steps: int = option(
+        4, "DP-SGD steps of a device in one round; local.epochs and local.batch_size do not count", low=1
+    )
+
+
+@dataclass(frozen=True)
 class LocalConfig:
     """One device's local training: plain SGD."""
 
@@ -161,6 +198,7 @@ class LocalConfig:
     row_learning_rate: float = option(
         0.2, "SGD on embedding rows; curvature there grows with the hidden state's squared norm, about d_model", above=0
     )
+    example_dp: LocalExampleDpConfig = option(factory=LocalExampleDpConfig)
 
 
 @dataclass(frozen=True)
@@ -289,6 +327,31 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Central fine-tuning on one machine, `fedlm finetune`; what trains is the section [trainable]'s."""
+
+    task: str = option(
+        "language_model", "language_model, or classification of texts", choices=("language_model", "classification")
+    )
+    train: str = option("", "private examples: .csv, .tsv, .jsonl, .txt or .tokens, also .xz")
+    test: str = option("", "held-out examples of the same form; empty: none")
+    columns: tuple[str, ...] = option((), "columns that make up an example's text; empty: by the file's header")
+    label: str = option("label", "classification: the column of the class, a whole number from 0")
+    max_length: int = option(64, "tokens of an example; longer ones are cut", low=2, high=4096)
+    embeddings: bool = option(False, "train the whole embedding tables too")
+    epochs: float = option(1.0, "expected passes over the examples", above=0)
+    full_epochs: float = option(0.0, "first train all weights for so many passes (X+BiTFiT)", low=0)
+    batch_size: int = option(256, "expected examples of a step (Poisson sampling)", low=1)
+    physical_batch_size: int = option(32, "examples in memory at a time", low=1)
+    optimizer: str = option("adam", "of the noised gradients", choices=("adam", "sgd"))
+    learning_rate: float = option(1e-3, "", above=0)
+    full_learning_rate: float = option(0.0, "of full_epochs; 0: learning_rate", low=0)
+    max_test_examples: int = option(2_000, "held-out examples scored", low=1)
+    samples: int = option(0, "language_model with two columns: generated texts, for BLEU", low=0)
+    example_dp: ExampleDpConfig = option(factory=ExampleDpConfig)
+
+
+@dataclass(frozen=True)
 class AuditConfig:
     """Canary devices beside the fleet's own (docs/audit.md): they take part in the run, which is stamped AUDIT."""
 
@@ -318,3 +381,4 @@ class Config:
     fleet: FleetConfig = option(factory=FleetConfig)
     execution: ExecutionConfig = option(factory=ExecutionConfig)
     audit: AuditConfig = option(factory=AuditConfig)
+    finetune: FinetuneConfig = option(factory=FinetuneConfig)

@@ -1,0 +1,55 @@
+"""What is trained with example-level DP: a model, what trains in it, and a loss for each example.
+
+Legend: B examples of a physical batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from fedlm.example_dp.tape import Tape
+
+BatchT = TypeVar("BatchT")
+CovariantBatch = TypeVar("CovariantBatch", covariant=True)
+
+
+class Examples(Protocol[CovariantBatch]):
+    """The private data: what one example is, is the unit of privacy."""
+
+    def __len__(self) -> int:
+        """Return the number of examples, n."""
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> CovariantBatch:
+        """Return these examples (B,) as one physical batch; B may be 1, never 0."""
+
+
+class Task(ABC, Generic[BatchT]):
+    """A model with a loss for each example.
+
+    Attributes:
+        model: Its modules are watched where they hold trained parameters.
+        trained: What trains, by name: parameters of `model` under their `named_parameters` name, and whatever tensors
+            the task takes care of itself (embedding tables). A step writes into these tensors in place.
+    """
+
+    model: nn.Module
+    trained: Mapping[str, Tensor]
+
+    @abstractmethod
+    def num_examples(self, batch: BatchT) -> int:
+        """Return B."""
+
+    @abstractmethod
+    def losses(self, batch: BatchT, tape: Tape) -> Tensor:
+        """Return the loss of each example, (B,), with a graph.
+
+        Each one must depend on its own example alone: sums or means over an example's own tokens, no statistics of the
+        batch, no negatives out of the batch. Trained tensors that are no parameters of `model` add their contribution
+        to the tape here.
+        """
