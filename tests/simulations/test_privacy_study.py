@@ -10,6 +10,7 @@ import pytest
 
 from fedlm.errors import ConfigError, DataError
 from simulations.recipes import privacy_study as study
+from simulations.recipes.study import append_result
 
 CORPUS = Path("folder") / "users.jsonl"
 TINY = """
@@ -110,7 +111,7 @@ def test_differences_are_taken_by_seed() -> None:
 @pytest.mark.parametrize("broken", ["{", "[]", '{"variant": "blt"}', "3"])
 def test_a_line_that_is_no_result_is_named(tmp_path: Path, broken: str) -> None:
     file = tmp_path / "lines.jsonl"
-    study.append_result(file, {"key": "abc"})
+    append_result(file, {"key": "abc"})
     file.write_text(file.read_text() + broken + "\n")
     with pytest.raises(DataError, match="line 2"):
         study.read_results(file)
