@@ -20,6 +20,7 @@ from clients.canaries import CanaryDevices
 from clients.partial_sum import KeptSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
+from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, Weights, starts_from_base
 from fedlm.losses.evaluation import Score, score
 from fedlm.messages import (
@@ -36,6 +37,7 @@ from fedlm.privacy.riders import NO_WORDS, Facts, WordMap
 from fedlm.training import products
 from fedlm.training.group import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
+from fedlm.training.private_local import PrivateLocalTrainer
 
 UNKNOWN_VERSION = -2
 EVALUATION_TOKENS = 4096  # tokens whose hidden states are scored at once
@@ -61,7 +63,12 @@ class DeviceHost:
         self._trainable.bind_tables(self._blocks)
         products.use(config.execution.products)
         frequencies = self._experiment.vocabulary.frequencies
-        self._trainer = LocalTrainer(self._trainable, config, frequencies)
+        budget = device_budget(config)
+        self._trainer = (
+            LocalTrainer(self._trainable, config, frequencies)
+            if budget is None
+            else PrivateLocalTrainer(self._trainable, config, frequencies, budget)
+        )
         is_grouped = not why_not_grouped(self._trainable, config)
         self._groups = GroupTrainer(self._trainable, config, frequencies) if is_grouped else None
         self._run, self._version, self._opened = "", 0, b""

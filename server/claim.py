@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
 from fedlm.privacy.plan import PrivacyPlan
 
@@ -34,4 +35,6 @@ def privacy_figures(plan: PrivacyPlan, experiment: Experiment) -> dict[str, Any]
     stamps = run_stamps(plan, experiment)
     added = stamps[len(plan.stamps()) :]
     statement = " ".join([plan.statement(), *(f"{stamp}." for stamp in added)])
-    return {**plan.figures(), "statement": statement, "stamps": list(stamps)}
+    budget = device_budget(experiment.config)
+    on_devices = {"example_level": budget.figures()} if budget else {}
+    return {**plan.figures(), "statement": statement, "stamps": list(stamps), **on_devices}

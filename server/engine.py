@@ -319,7 +319,8 @@ class Engine:
         """Sample the cohort, see who takes part, count the bytes: from seed and earlier rounds alone, so resumable."""
         cohort, rows, spec = self._plan.sample_cohort(t), self._rows(t), self._spec_of(t)
         self._privacy.record(t, cohort)
-        turnout = self._fleet.turnout(self._privacy.task(t, cohort, spec, self._meter.download(cohort, rows)))
+        task = self._privacy.task(t, cohort, spec, self._meter.download(cohort, rows))
+        turnout = self._fleet.turnout(task).without(self._privacy.spent(cohort))
         self._meter.visited(cohort[turnout.visited], t)
         self._meter.changed(rows, t)
         self._bytes_up += int(turnout.bytes_up.sum())

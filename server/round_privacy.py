@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
 from fedlm.privacy.adaptation import PrivacyState, Released
 from fedlm.privacy.clipper import Clipper
@@ -39,6 +41,7 @@ class RoundPrivacy:
         self._experiment, self._spec = experiment, spec
         self._keys = NoiseKeys(folder)
         self._ledger = plan.new_ledger()
+        self._budget = device_budget(experiment.config)
         self._state = plan.first_state(spec.with_rows(self.rows(1)))
         plan.keep_keys(self._keys)
 
@@ -70,6 +73,12 @@ class RoundPrivacy:
             BudgetExceededError: A device would come too early or too often.
         """
         self._ledger.record(t, cohort)
+
+    def spent(self, cohort: RowIds) -> npt.NDArray[np.bool_]:
+        """Return which devices (U,) of the recorded round's cohort have spent their own budget (`local.example_dp`)."""
+        if self._budget is None:
+            return np.zeros(len(cohort), np.bool_)
+        return np.asarray(self._ledger.participations(cohort) > self._budget.max_rounds)
 
     def absorb(self, t: int, spec: UpdateSpec, values: Vector, released: Released) -> None:
         """Learn from a release; `values` (P,) are the model's before it."""

@@ -14,7 +14,7 @@ Guarantee:
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from fedlm.trainable.spec import RowIds, UpdateSpec
 
-TRAINS, NO_MEMORY, UNAVAILABLE, DROPPED_OUT, TOO_LATE = range(5)
-OUTCOMES = ("trains", "not enough memory", "unavailable", "dropped out", "too late")
-"""What a ledger calls each outcome. The first downloads and uploads, the next two do neither, the last two download."""
+TRAINS, NO_MEMORY, UNAVAILABLE, DROPPED_OUT, TOO_LATE, SPENT = range(6)
+OUTCOMES = ("trains", "not enough memory", "unavailable", "dropped out", "too late", "own budget spent")
+"""What a ledger calls each outcome. The first downloads and uploads, `dropped out` and `too late` download alone."""
 
 Outcomes = npt.NDArray[np.uint8]
 Bytes = npt.NDArray[np.int64]
@@ -105,6 +105,12 @@ class Turnout:
     def bytes_up(self) -> Bytes:
         """(U,) bytes that each device uploaded."""
         return np.where(self.outcomes == TRAINS, self.task.bytes_up, 0)
+
+    def without(self, spent: npt.NDArray[np.bool_]) -> Turnout:
+        """Return the same round in which these devices (U,) of the cohort stay away, their own budget being spent."""
+        return replace(
+            self, outcomes=np.where(spent, np.uint8(SPENT), self.outcomes), seconds=np.where(spent, 0.0, self.seconds)
+        )
 
     def absent(self) -> dict[str, int]:
         """Return how many devices did not report, by cause; causes without a device are left out."""

@@ -55,6 +55,11 @@ class RunRecord:
         return self.start.get("privacy") or {}
 
     @property
+    def example_level(self) -> Record:
+        """What each device guarantees for its own sequences; empty without `local.example_dp`."""
+        return self.privacy.get("example_level") or {}
+
+    @property
     def stamps(self) -> tuple[str, ...]:
         """Warnings that must stand beside every privacy figure, such as `NOT PRIVATE`."""
         return tuple(str(stamp) for stamp in self.privacy.get("stamps") or ())

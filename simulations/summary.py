@@ -30,6 +30,9 @@ class RunSummary:
         mechanism: How the noise of the rounds is made; empty without privacy.
         sampler: How cohorts are drawn; likewise.
         privacy_statement: The whole claim in words.
+        example_epsilon: Of one sequence of a device, whoever sees what it sends; None without `local.example_dp`.
+        example_delta: Of that guarantee.
+        example_statement: It in words, apart from the user-level one; empty without.
         bytes_up_per_device: What one device sends in one round, the mean over all that sent anything.
         bytes_down_per_device: What one device receives in one round, likewise.
         peak_device_mb: The largest memory of one device's training, in MB.
@@ -52,6 +55,9 @@ class RunSummary:
     mechanism: str
     sampler: str
     privacy_statement: str
+    example_epsilon: float | None
+    example_delta: float | None
+    example_statement: str
     bytes_up_per_device: int
     bytes_down_per_device: int
     peak_device_mb: float | None
@@ -101,6 +107,9 @@ def summarise_record(record: RunRecord) -> RunSummary:
         mechanism=_privately(record, "mechanism"),
         sampler=_privately(record, "sampler"),
         privacy_statement=str(record.privacy.get("statement") or ""),
+        example_epsilon=number(record.example_level, "epsilon"),
+        example_delta=number(record.example_level, "delta"),
+        example_statement=str(record.example_level.get("statement") or ""),
         bytes_up_per_device=round(_total(record, "bytes_up") / max(_total(record, "uploaded"), 1)),
         bytes_down_per_device=round(_total(record, "bytes_down") / max(_total(record, "downloaded"), 1)),
         peak_device_mb=_peak_device_mb(record),

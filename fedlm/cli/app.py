@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlm.cli import audit, configs, machine, plan, privacy, runs
+from fedlm.cli import audit, configs, finetune, machine, plan, privacy, runs
 
 # Plain help: rich's panels would double the time of `fedlm --help`.
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -15,6 +15,7 @@ app.command()(runs.resume)
 app.command()(runs.report)
 app.command()(runs.compare)
 app.command()(runs.pretrain)
+app.command()(finetune.finetune)
 app.command()(plan.plan)
 app.command()(audit.audit)
 app.add_typer(privacy.app, name="privacy")

@@ -4,6 +4,7 @@ Both are listeners: functions of one event, a dictionary with the key `event`.
 
     stage        text                                            a line
     pretrain     step, steps, loss                               the bar
+    finetune     step, steps, non_private_loss, epsilon, examples_per_second    the bar
     device_done  round, done, total                              the bar
     round        round, rounds, perplexity, epsilon, devices_per_second, megabytes    the bar
     note         text                                            a warning, shown once and never suppressed
@@ -57,6 +58,14 @@ def sentence(event: _Event) -> str:
     match event["event"]:
         case "pretrain":
             return f"pretraining  step {event['step']}/{event['steps']}  loss {event['loss']:.3f}"
+        case "finetune":
+            figures = [
+                ("non-private loss {:.3f}", event.get("non_private_loss")),
+                ("epsilon {}", None if event.get("epsilon") is None else rounded_up(event["epsilon"])),
+                ("{:.1f} examples/s", event.get("examples_per_second")),
+            ]
+            known = [form.format(value) for form, value in figures if value is not None]
+            return "  ".join([f"step {event['step']}/{event['steps']}", *known])
         case "device_done":
             return f"round {event['round']}  device {event['done']}/{event['total']}"
         case "round":
@@ -103,7 +112,7 @@ class Lines:
                 self._write(text)
             case "stage" if self._stages:
                 self._write(text)
-            case "pretrain" | "round" | "device_done" if self._stages and self._due(event):
+            case "pretrain" | "finetune" | "round" | "device_done" if self._stages and self._due(event):
                 self._last = self._clock()
                 self._write(text)
 
@@ -124,7 +133,7 @@ class Bar:
     def __call__(self, event: dict[str, object]) -> None:
         text = sentence(event)
         match event["event"]:
-            case "pretrain":
+            case "pretrain" | "finetune":
                 self._bar.update(self._task, total=_total(event), completed=_done(event), description=text)
             case "round":
                 self._rounds = _total(event)
@@ -141,11 +150,11 @@ class Bar:
 def _done(event: _Event) -> float:
     if event["event"] == "device_done":
         return float(event["round"] - 1 + event["done"] / max(event["total"], 1))
-    return float(event["step" if event["event"] == "pretrain" else "round"])
+    return float(event["step" if "step" in event else "round"])
 
 
 def _total(event: _Event) -> float:
-    return float(event["steps" if event["event"] == "pretrain" else "rounds"])
+    return float(event["steps" if "steps" in event else "rounds"])
 
 
 def _write_line(text: str) -> None:

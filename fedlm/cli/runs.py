@@ -103,6 +103,7 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
             ("privacy", spent_in_words(summary)),
             *_noise(summary),
             ("", summary.privacy_statement),
+            *_example_level(summary),
             (
                 "device",
                 f"{up} up, {down} down a round; {figure(summary.peak_device_mb, 3)} MB of memory at most",
@@ -117,6 +118,16 @@ def _print_summary(summary: RunSummary, json: bool) -> None:
             ("report", str(Path(summary.run_dir) / "report.html")),
         ]
     )
+
+
+def _example_level(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return what devices guarantee for their own sequences, apart from the user-level guarantee; none without."""
+    from simulations.report.figures import bound, figure
+
+    if summary.example_epsilon is None:
+        return []
+    spent = f"epsilon {bound(summary.example_epsilon, 3)} at delta {figure(summary.example_delta, 2)}"
+    return [("on the device", f"{spent} for each sequence"), ("", summary.example_statement)]
 
 
 def _noise(summary: RunSummary) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from fedlm.config.schema import Config
 
 WORDS = frozenset(
     {"chitchat", "synthetic", "wordfreq", "model", "transformer", "lstm", "pretrain", "random", "public"}
-    | {"uniform", "phones"}
+    | {"uniform", "phones", "minilm", "smollm2"}
 )
 """Values that mean something of their own, whatever lies in the working folder."""
 
@@ -32,6 +32,9 @@ def with_absolute_paths(config: Config) -> Config:
         pretrain=replace(config.pretrain, corpus=_if_it_exists(config.pretrain.corpus)),
         trainable=replace(config.trainable, lora=replace(lora, adapter=_if_it_exists(lora.adapter))),
         fleet=replace(config.fleet, profile=_if_it_exists(config.fleet.profile)),
+        finetune=replace(
+            config.finetune, train=_if_it_exists(config.finetune.train), test=_if_it_exists(config.finetune.test)
+        ),
     )
 
 

@@ -178,13 +178,14 @@ class ExampleDpConfig:
 
 @dataclass(frozen=True)
 class LocalExampleDpConfig(ExampleDpConfig):
-    """DP-SGD on each device inside a round, accounted for apart from the user-level noise."""
+    """DP-SGD on each device inside a round, accounted for apart from the user-level noise; batch_size divides its sums."""
 
     sampling_rate: float = option(
         0.25, "probability of each of a device's sequences to be in a step's batch", above=0, high=1
     )
-    steps: int = option(
-        4, "DP-SGD steps of a device in one round; local.epochs and local.batch_size do not count", low=1
+    steps: int = option(4, "DP-SGD steps of a device in one round; local.epochs does not count", low=1)
+    max_rounds: int = option(
+        0, "rounds that a device's budget lasts; sampled in more it stays away; 0: every round of the run", low=0
     )
 
 

@@ -19,6 +19,7 @@ from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
+_PACKAGED_MODELS = ("minilm", "smollm2")  # of `fedlm.models.packages`
 METRIC_NAMES = ("train_loss", "num_tokens", "clip_fraction")  # of `fedlm.privacy.riders`, which loads numpy
 CORRELATED = ("blt", "banded", "tree")
 _MODULES_ONLY_OF = {"attention": "transformer", "mlp": "transformer", "recurrent": "lstm"}
@@ -60,7 +61,7 @@ def _misspelt_words(config: Config) -> Iterator[str]:
     for key, value, words in [
         ("data.corpus", config.data.corpus, ("chitchat", "synthetic")),
         ("vocabulary.source", config.vocabulary.source, ("wordfreq", "model")),
-        ("model.name", config.model.name, _BUILT_IN_MODELS),
+        ("model.name", config.model.name, (*_BUILT_IN_MODELS, *_PACKAGED_MODELS)),
         ("model.base", config.model.base, ("pretrain", "random")),
         ("pretrain.corpus", config.pretrain.corpus, ("public",)),
         ("fleet.profile", config.fleet.profile, ("uniform", "phones")),
@@ -106,6 +107,11 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"model.name = {model.name!r} brings its own vocabulary, but vocabulary.source = {source!r}; "
             "set vocabulary.source = 'model'"
+        )
+    if model.re_attention and model.name != "transformer":
+        yield (
+            f"model.re_attention = true corrects the attention of our transformer, but model.name = {model.name!r}; "
+            "set model.re_attention = false, or model.name = 'transformer'"
         )
     if model.name == "transformer" and model.d_hidden:
         yield f"model.d_hidden = {model.d_hidden} is of the lstm; set model.d_ff for the transformer"
@@ -249,6 +255,58 @@ def _most_wanted(config: Config, devices: int) -> int:
     return int(devices / config.fleet.over_selection)
 
 
+def _example_dp(config: Config) -> Iterator[str]:
+    for name, section in [
+        ("finetune.example_dp", config.finetune.example_dp),
+        ("local.example_dp", config.local.example_dp),
+    ]:
+        if section.enabled and not section.epsilon and not section.noise_multiplier:
+            yield (
+                f"{name}.enabled = true needs {name}.epsilon or {name}.noise_multiplier above 0; "
+                f"set one, or {name}.enabled = false"
+            )
+    if config.local.example_dp.enabled:
+        yield from _local_example_dp(config)
+
+
+def _local_example_dp(config: Config) -> Iterator[str]:
+    """What leaves a device, or decides its gradients, beside its own noised steps."""
+    off = "or local.example_dp.enabled = false"
+    if config.local.example_dp.engine != "fedlm":
+        yield (
+            f"local.example_dp.engine = {config.local.example_dp.engine!r} is the reference for fedlm finetune alone; "
+            "set local.example_dp.engine = 'fedlm'"
+        )
+    if config.loss.kind != "full_softmax" and config.loss.negatives_from == "rows":
+        yield (
+            "loss.negatives_from = 'rows' masks targets by the row set, which local.example_dp does not know; "
+            f"set loss.negatives_from = 'vocabulary', {off}"
+        )
+    if config.audit.canaries or config.audit.text_canaries:
+        yield (
+            f"audit.canaries = {config.audit.canaries} and audit.text_canaries = {config.audit.text_canaries} measure "
+            f"user-level privacy without noise on the devices; set both to 0, {off}"
+        )
+    if config.privacy.non_private_diagnostics:
+        yield (
+            "privacy.non_private_diagnostics = true lets devices tell norms and losses, which local.example_dp does not "
+            f"noise; set it to false, {off}"
+        )
+    for metric in {"train_loss", "num_tokens"} & set(config.privacy.metrics):
+        yield f"privacy.metrics has {metric!r}, which devices with local.example_dp do not tell; leave it out, {off}"
+    if not config.fleet.is_unconstrained:
+        yield (
+            f"fleet.profile = {config.fleet.profile!r} with fleet.memory_mb = {config.fleet.memory_mb:g} predicts what "
+            f"plain SGD needs, not local.example_dp; set 'uniform' and 0, {off}"
+        )
+    rows = config.trainable.embedding_rows
+    if rows.count and rows.sampler == "dp_adafest":
+        yield (
+            "trainable.embedding_rows.sampler = 'dp_adafest' has devices send maps of their words, which "
+            f"local.example_dp does not noise; set another sampler, {off}"
+        )
+
+
 def _fleet(config: Config) -> Iterator[str]:
     fleet, execution = config.fleet, config.execution
     if fleet.devices:
@@ -267,6 +325,34 @@ def _fleet(config: Config) -> Iterator[str]:
         )
 
 
+def _finetune(config: Config) -> Iterator[str]:
+    """Checks of a job that fine-tunes; without finetune.train the section counts for nothing."""
+    finetune, model = config.finetune, config.model.name
+    if not finetune.train:
+        return
+    if finetune.task == "classification" and model in (*_BUILT_IN_MODELS, "smollm2"):
+        yield (
+            f"finetune.task = 'classification' takes an encoder, but model.name = {model!r}; "
+            "set model.name to a folder of the kind of BERT, or 'minilm'"
+        )
+    if finetune.task == "language_model" and model == "minilm":
+        yield "finetune.task = 'language_model' takes no encoder; set finetune.task = 'classification'"
+    if finetune.samples and finetune.task != "language_model":
+        yield f"finetune.samples = {finetune.samples} are of a language model; set finetune.samples = 0"
+    if finetune.samples and not finetune.test:
+        yield f"finetune.samples = {finetune.samples} answer held-out prompts; give finetune.test, or set it to 0"
+    if finetune.full_learning_rate and not finetune.full_epochs:
+        yield (
+            f"finetune.full_learning_rate = {finetune.full_learning_rate:g} is of no pass: finetune.full_epochs = 0; "
+            "set one of them"
+        )
+    if model == "transformer" and finetune.max_length > config.data.sequence_length:
+        yield (
+            f"finetune.max_length = {finetune.max_length} is more than the {config.data.sequence_length} positions of "
+            "the model; set data.sequence_length to the same"
+        )
+
+
 CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _misspelt_words,
     _data,
@@ -277,7 +363,9 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _own_sizes,
     _privacy,
     _mechanism,
+    _example_dp,
     _fleet,
+    _finetune,
 )
 
 

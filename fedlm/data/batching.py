@@ -17,17 +17,24 @@ from fedlm.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """Next-token predictions; where `mask` is False, inputs and targets are 0 and do not count.
+    """Next-token predictions; where `mask` is False, targets are 0 and do not count.
 
     Arguments:
-        inputs: (B, T) int64.
+        inputs: (B, T) int64; 0 where no token is.
         targets: (B, T) int64, the token after each input.
-        mask: (B, T) bool.
+        mask: (B, T) bool, the targets that count.
+        present: (B, T) bool, where tokens are, from the left on: a prompt is read, but not predicted. None: as `mask`.
     """
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
     mask: npt.NDArray[np.bool_]
+    present: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def read(self) -> npt.NDArray[np.bool_]:
+        """Where tokens are, (B, T) bool."""
+        return self.mask if self.present is None else self.present
 
     @property
     def num_targets(self) -> int:
@@ -36,9 +43,9 @@ class Batch:
 
     def select(self, rows: npt.NDArray[np.integer]) -> Batch:
         """Return some sequences, cut to the longest of them."""
-        mask = self.mask[rows]  # (b, T)
-        longest = int(mask.sum(axis=1).max(initial=0))
-        return Batch(self.inputs[rows, :longest], self.targets[rows, :longest], mask[:, :longest])
+        longest = int(self.read[rows].sum(axis=1).max(initial=0))
+        present = None if self.present is None else self.present[rows, :longest]
+        return Batch(self.inputs[rows, :longest], self.targets[rows, :longest], self.mask[rows, :longest], present)
 
 
 def sequences(tokens: npt.NDArray[np.integer], length: int) -> Batch:

@@ -45,6 +45,18 @@ class Task(ABC, Generic[BatchT]):
     def num_examples(self, batch: BatchT) -> int:
         """Return B."""
 
+    def begin_step(self, step: int, secret: bytes) -> None:
+        """Be told before a logical step's first physical batch which step it is; a task that draws, draws from this.
+
+        How examples fall into physical batches depends on who was sampled. What is drawn must not: one negative set
+        for each *step*, shared by its physical batches; dropout masks independent of each other, from `secret` alone.
+        Otherwise one example more would change the gradients of the others.
+
+        Arguments:
+            step: Counted from 0 over all phases; numbers draws that are public, such as negatives.
+            secret: 32 bytes, new for each step, for draws that each example has to itself, such as dropout.
+        """
+
     @abstractmethod
     def losses(self, batch: BatchT, tape: Tape) -> Tensor:
         """Return the loss of each example, (B,), with a graph.

@@ -104,13 +104,14 @@ class LanguageModel(nn.Module, ABC):
         self.dropout_generator.manual_seed(seed)
 
     @abstractmethod
-    def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def body(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Map embedded inputs to final hidden states (after the final norm), looking only to the left.
 
         Arguments:
             x: What `embed` returned, (B, T, D).
             mask: True at real tokens, (B, T); padding stands on the right, so causality alone keeps it out of
                 every real position and a model is free to ignore the mask. None: no padding.
+            noise: What `row_noise` returned for the same tokens; models without Re-Attention ignore it.
 
         Returns:
             (B, T, D); finite but meaningless at padding. Logits are `hidden @ output_table.T + output_bias`.
@@ -120,10 +121,17 @@ class LanguageModel(nn.Module, ABC):
         """Turn looked-up rows of `input_table`, (..., D), into inputs of `body`, (..., D)."""
         return rows
 
+    def row_noise(self, tokens: Tensor) -> Tensor | None:
+        """Return the variance of the noise in the rows of `tokens` (B, T), (B, T); None: they are taken as exact.
+
+        Only a transformer with Re-Attention and noise levels has any (`fedlm.models.re_attention`).
+        """
+        return None
+
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) of `tokens` (B, T) with the model's own `input_table`."""
         rows = F.embedding(tokens, self.input_table)  # (B, T, D)
-        return self.body(self.embed(rows), mask)
+        return self.body(self.embed(rows), mask, self.row_noise(tokens))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Call `hidden`; no method gives logits, because (B, T, V) should not exist in training."""
@@ -146,13 +154,18 @@ class LanguageModel(nn.Module, ABC):
             DataError: A group that matches no linear module of this model.
         """
         linears = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
-        chosen: set[str] = set()
-        for group in groups:
-            matches = [name for name in linears if _matches(name, group)]
-            if not matches:
-                raise DataError(_no_match(type(self).__name__, group, linears))
-            chosen.update(matches)
-        return [name for name in linears if name in chosen]
+        return matching_linears(type(self).__name__, groups, linears)
+
+
+def matching_linears(model: str, groups: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """Return those of some linear modules that belong to groups, in their order; see `named_linear_targets`."""
+    chosen: set[str] = set()
+    for group in groups:
+        matches = [name for name in linears if _matches(name, group)]
+        if not matches:
+            raise DataError(_no_match(model, group, linears))
+        chosen.update(matches)
+    return [name for name in linears if name in chosen]
 
 
 def _detached(table: Tensor | None) -> Tensor | None:

@@ -43,7 +43,7 @@ class LstmModel(LanguageModel):
         self.cells = nn.ModuleList(LstmLayer(width, d_hidden) for width in widths)
         self.projection = nn.Identity() if d_hidden == d_model else empty_linear(d_hidden, d_model)
 
-    def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def body(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Map embedded inputs (B, T, D) to hidden states (B, T, D); see `LanguageModel.body`."""
         for cell in self.cells:
             x = cell(self.dropout(x))  # (B, T, H)

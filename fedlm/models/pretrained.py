@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedlm.errors import DataError
 from fedlm.models.attention import LONGEST_PLAIN
 from fedlm.models.base import LanguageModel
+from fedlm.models.packages import packaged_model
 from fedlm.models.weights import Array, set_weights, weights
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class PretrainedModel(LanguageModel):
         self.add_module(self._decoder, source.base_model)
         self.train(self.training)
 
-    def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def body(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Map embedded inputs (B, T, D) to hidden states (B, T, D); see `LanguageModel.body`.
 
         Raises:
@@ -125,7 +126,7 @@ def load_pretrained(source: str | Path) -> tuple[PretrainedModel, Tokenizer]:
     """Load a model and its tokenizer; nothing is fetched from a network.
 
     Arguments:
-        source: A folder as `save_pretrained` writes it, with a tokenizer, or a GGUF file.
+        source: A folder as `save_pretrained` writes it, with a tokenizer, a GGUF file, or the shorthand of a package.
 
     Returns:
         The model, float32, and the tokenizer, whose ids are below the model's `vocabulary_size`.
@@ -133,14 +134,14 @@ def load_pretrained(source: str | Path) -> tuple[PretrainedModel, Tokenizer]:
     Raises:
         DataError: Missing or broken files, missing weights, or a model that does not fit the seam.
     """
-    path = Path(source)
+    path = packaged_model(str(source)) or Path(source)
     if path.suffix == ".gguf" and path.is_file():
         folder, options = path.parent, {"gguf_file": path.name}
     elif (path / "config.json").is_file():
         folder, options = path, {}
     else:
         raise DataError(f"no model at '{source}'; give a folder with a config.json, or a GGUF file")
-    with _quiet(), _as_data_error(source):
+    with quietly(), as_data_error(source):
         loaded = _load_model(folder, options)
         tokenizer = _load_tokenizer(folder, options)
     _refuse_transformed_logits(source, loaded.config)
@@ -170,7 +171,7 @@ def empty_pretrained(architecture: Mapping[str, Any]) -> LanguageModel:
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.for_model(**architecture)
-    with _quiet(), no_init_weights():
+    with quietly(), no_init_weights():
         empty = _auto_model().from_config(config, dtype=torch.float32)
     empty.tie_weights()
     return PretrainedModel(empty)
@@ -238,7 +239,7 @@ def _replace_conv1d(decoder: nn.Module) -> None:
 
 
 @contextmanager
-def _as_data_error(source: str | Path) -> Iterator[None]:
+def as_data_error(source: str | Path) -> Iterator[None]:
     """Turn whatever a loader raises at broken files into one line."""
     try:
         yield
@@ -257,7 +258,7 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep transformers' progress bars and advice off the terminal."""
     from transformers.utils import logging as transformers_logging
 

@@ -6,6 +6,8 @@ attention matrices are one linear module, so that a block is four products.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from fedlm.errors import DataError
 from fedlm.models.attention import causal_attention
 from fedlm.models.base import LanguageModel
 from fedlm.models.layers import Dropout, Positions, empty_linear
+from fedlm.models.noise_levels import NoiseLevels
+from fedlm.models.re_attention import Noised, NoiseFlow
 
 _WEIGHT_STD = 0.02
 
@@ -30,6 +34,7 @@ class TransformerModel(LanguageModel):
         d_ff: Width of the feed-forward layer.
         dropout: Rate on the embedded input and on each residual branch.
         tied: Input and output embedding are one table.
+        re_attention: Correct attention for the noise that `noise_levels` says the weights hold; none at first.
 
     Raises:
         DataError: `d_model` is not a multiple of `num_heads`.
@@ -46,6 +51,7 @@ class TransformerModel(LanguageModel):
         d_ff: int,
         dropout: float = 0.0,
         tied: bool = True,
+        re_attention: bool = False,
     ) -> None:
         if d_model % num_heads:
             raise DataError(f"model.d_model = {d_model} is not a multiple of model.num_heads = {num_heads}")
@@ -56,13 +62,67 @@ class TransformerModel(LanguageModel):
             Block(d_model, num_heads, d_ff, dropout, self.dropout_generator) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(d_model)
+        self.re_attention = re_attention
+        self._noise_levels: NoiseLevels | None = None
+        self._row_variances: Tensor | None = None
 
-    def body(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map embedded inputs (B, T, D) to hidden states (B, T, D), T at most `max_length`; see `LanguageModel`."""
+    @property
+    def noise_levels(self) -> NoiseLevels | None:
+        """The noise of the weights as they are now; None: they are taken as exact, and attention is the usual one."""
+        return self._noise_levels
+
+    @noise_levels.setter
+    def noise_levels(self, levels: NoiseLevels | None) -> None:
+        if levels is not None:
+            self._check_levels(levels)
+        self._noise_levels = levels
+        self._row_variances = None if levels is None else torch.from_numpy(levels.rows)  # (V,)
+
+    def _check_levels(self, levels: NoiseLevels) -> None:
+        if not self.re_attention:
+            raise DataError("noise levels for a transformer without Re-Attention; set model.re_attention = true")
+        if len(levels.rows) != self.vocabulary_size:
+            raise DataError(f"noise levels of {len(levels.rows)} rows; the model has {self.vocabulary_size}")
+        known = dict(self.named_parameters())
+        for name in levels.weights.keys() - known.keys():
+            near = get_close_matches(name, known, n=1)
+            raise DataError(
+                f"noise level of unknown tensor '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+
+    def row_noise(self, tokens: Tensor) -> Tensor | None:
+        """Return the noise of the rows of `tokens` (B, T), (B, T), or None; see `LanguageModel`."""
+        if self._row_variances is None:
+            return None
+        self._row_variances = self._row_variances.to(tokens.device)
+        return self._row_variances[tokens]
+
+    def body(self, x: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Map embedded inputs (B, T, D) to hidden states (B, T, D), T at most `max_length`; see `LanguageModel`.
+
+        Raises:
+            DataError: The model has noise levels but `noise` is None: attention would go uncorrected.
+        """
+        if self._noise_levels is not None:
+            return self._corrected_body(x, noise)
         x = self.dropout(self.positions(x))  # (B, T, D)
         for block in self.blocks:
             x = block(x)  # (B, T, D)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _corrected_body(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """Do what `body` does, with Re-Attention; `noise` (B, T) is the variance of `x`."""
+        assert self._noise_levels is not None
+        if noise is None:
+            raise DataError("the model has noise levels but body() got none of its input; give row_noise(tokens)")
+        levels = self._noise_levels.weights
+        flow = NoiseFlow({id(p): levels[name] for name, p in self.named_parameters() if name in levels})
+        variance = noise[..., None].to(x.dtype) + flow.of(self.positions.weight)  # (B, T, 1)
+        stream = Noised(self.dropout(self.positions(x)), variance.expand_as(x))  # (B, T, D)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            stream = block.noised(stream, flow)  # (B, T, D)
+        return self.norm(stream.mean)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def initialise(self, log_frequencies: Tensor, generator: torch.Generator) -> None:
@@ -105,6 +165,13 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x)))  # (B, T, D)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
+    def noised(self, x: Noised, flow: NoiseFlow) -> Noised:
+        """Do what `forward` does with Re-Attention, and carry the variances along."""
+        for norm, branch in ((self.attention_norm, self.attention), (self.mlp_norm, self.mlp)):
+            y = branch.noised(flow.layer_norm(norm, x), flow)  # (B, T, D)
+            x = Noised(x.mean + self.dropout(y.mean), x.variance + y.variance)
+        return x
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention with one product for queries, keys and values."""
@@ -119,6 +186,10 @@ class Attention(nn.Module):
         """Map (B, T, D) to (B, T, D)."""
         return self.output(causal_attention(self.qkv(x), self.num_heads))  # type: ignore[no-any-return]
 
+    def noised(self, x: Noised, flow: NoiseFlow) -> Noised:
+        """Do what `forward` does with Re-Attention, and carry the variances along."""
+        return flow.linear(self.output, flow.attention(flow.linear(self.qkv, x), self.num_heads))
+
 
 class Mlp(nn.Module):
     """The feed-forward layer: down(gelu(up(x)))."""
@@ -131,3 +202,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+    def noised(self, x: Noised, flow: NoiseFlow) -> Noised:
+        """Do what `forward` does, and carry the variances along."""
+        return flow.linear(self.down, flow.gelu(flow.linear(self.up, x)))

@@ -154,6 +154,10 @@ class ParticipationLedger:
         """The most rounds that any device was in; at least 1, so that it can be accounted."""
         return max(1, int(self._counts.max(initial=0)))
 
+    def participations(self, devices: DeviceIds) -> npt.NDArray[np.int32]:
+        """Return how many rounds each of some devices (U,) was in."""
+        return self._counts[devices]
+
     def eligible(self, round_number: int, devices: DeviceIds) -> npt.NDArray[np.bool_]:
         """Return which of some devices (U,) may be in a round, the rounds before it being recorded."""
         last = self._last[devices]

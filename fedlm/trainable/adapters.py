@@ -32,7 +32,13 @@ def inject_adapter(model: LanguageModel, config: LoraConfig) -> None:
 
 
 def save_adapter(
-    model: LanguageModel, values: Mapping[str, Vector], config: LoraConfig, folder: Path, *, base: str
+    model: LanguageModel,
+    values: Mapping[str, Vector],
+    config: LoraConfig,
+    folder: Path,
+    *,
+    base: str,
+    causal: bool = True,
 ) -> None:
     """Write the adapter of a model as a peft adapter folder.
 
@@ -42,6 +48,7 @@ def save_adapter(
         config: The LoRA section that injected them.
         folder: Made if missing.
         base: What the adapter adapts, for the reader.
+        causal: False: the model is an encoder, and peft is to wrap it as a plain model.
     """
     targets, tensors = set(), {}
     for name, parameter in _factors(model).items():
@@ -52,6 +59,8 @@ def save_adapter(
     settings = _peft_config(sorted(targets), config)
     settings.base_model_name_or_path = base
     settings.inference_mode = True
+    if not causal:
+        settings.task_type = None
     settings.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 

@@ -54,6 +54,10 @@ def why_not_grouped(trainable: Trainable, config: Config) -> str:
     """Return why the devices of this experiment have to train one by one; empty when they need not."""
     if unknown := unknown_tensors(trainable):
         return f"groups cannot train {unknown[0]} ({len(unknown)} such tensors)"
+    if config.local.example_dp.enabled:
+        return "example-level DP clips each of a device's sequences by itself"
+    if config.model.re_attention:
+        return "groups cannot propagate the variances of Re-Attention: their weights differ from device to device"
     scores = config.local.batch_size * config.data.sequence_length * trainable.model.vocabulary_size
     if _needs_whole_table(config) and scores > MOST_SCORES:
         return f"the scores of a batch, {4 * scores / 2**20:.0f} MiB, are more than {4 * MOST_SCORES / 2**20:.0f}"

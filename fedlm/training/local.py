@@ -112,7 +112,8 @@ class LocalTrainer:
         targets = index[torch.from_numpy(batch.targets)[counted]]  # (N,)
         if not len(targets):
             return 0.0, 0
-        hidden = model.body(model.embed(embedding(inputs, tables.input)), mask)[counted]  # (N, D)
+        noise = model.row_noise(torch.from_numpy(batch.inputs))  # (B, T) or None
+        hidden = model.body(model.embed(embedding(inputs, tables.input)), mask, noise)[counted]  # (N, D)
         loss = self._loss(hidden, targets, tables, negatives)
         if not loss.requires_grad:
             return float(loss), len(targets)

@@ -83,11 +83,15 @@ class RoundWork:
                 generator=stream(key, "shuffle", device),
             )
         )
-        negatives: list[RowIds] = []
-        if self._config.loss.kind != "full_softmax":
-            draws = stream(key, "negatives", device)
-            negatives = [self._noise.draw(draws) for _ in batches]
+        negatives = self.negatives(key, device, len(batches))
         return DeviceWork(batches, negatives, int(stream(key, "dropout", device).integers(2**63)))
+
+    def negatives(self, key: bytes, device: int, num_steps: int) -> list[RowIds]:
+        """Return the negatives (K,) of each of a number of steps; none with the full softmax."""
+        if self._config.loss.kind == "full_softmax":
+            return []
+        draws = stream(key, "negatives", device)
+        return [self._noise.draw(draws) for _ in range(num_steps)]
 
     def counted(self, batch: Batch) -> npt.NDArray[np.bool_]:
         """Return which targets of a batch count (B, T): the real ones, or those of the row set alone."""

@@ -179,7 +179,7 @@ def _privacy(record: RunRecord) -> Markup:
         if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
         if value is not None or key not in _RARE
     ]
-    claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"))
+    claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"), *_example_level(record))
     return element(
         "section",
         *(banner if record.stamps else []),
@@ -187,6 +187,12 @@ def _privacy(record: RunRecord) -> Markup:
         pairs(figures),
         class_="privacy stamped" if record.stamps else "privacy",
     )
+
+
+def _example_level(record: RunRecord) -> tuple[Markup, ...]:
+    """Return what each device guarantees for its own sequences, apart from the user-level claim."""
+    statement = record.example_level.get("statement")
+    return (text("p", str(statement), class_="statement"),) if statement else ()
 
 
 def _figure(key: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from fedlm.errors import ConfigError
 
 NO_ROWS = "trainable.embedding_rows.count=0"
 NO_LORA = "trainable.lora.rank=0"
+LOCAL_DP = ["local.example_dp.enabled=true", "local.example_dp.epsilon=8"]
 SMALL = ["vocabulary.size=1000", "pretrain.negatives=100", "trainable.embedding_rows.count=100"]
 TINY_SYNTHETIC = ["data.corpus=synthetic", "synthetic.users=50"]
 
@@ -88,6 +89,21 @@ CASES = [
     (["model.name=transfomer"], "did you mean 'transformer'?", ["model.name=transformer"]),
     (["model.base=pretrained"], "did you mean 'pretrain'?", ["model.base=pretrain"]),
     (["vocabulary.source=wordfrq"], "did you mean 'wordfreq'?", ["vocabulary.source=wordfreq"]),
+    (
+        ["finetune.example_dp.enabled=true"],
+        "or finetune.example_dp.noise_multiplier",
+        ["finetune.example_dp.epsilon=3"],
+    ),
+    (["local.example_dp.enabled=true"], "or local.example_dp.noise_m", ["local.example_dp.noise_multiplier=1"]),
+    ([*LOCAL_DP, "local.example_dp.engine=opacus"], "'fedlm'", ["local.example_dp.engine=fedlm"]),
+    ([*LOCAL_DP, "loss.negatives_from=rows"], "masks targets", ["loss.negatives_from=vocabulary"]),
+    ([*LOCAL_DP, "audit.canaries=5"], "set both to 0", ["audit.canaries=0"]),
+    ([*LOCAL_DP, "audit.text_canaries=5"], "enabled = false", ["local.example_dp.enabled=false"]),
+    (
+        [*LOCAL_DP, "trainable.embedding_rows.sampler=dp_adafest"],
+        "maps of their words",
+        ["trainable.embedding_rows.sampler=power"],
+    ),
 ]
 
 
@@ -111,6 +127,7 @@ def test_refused_and_the_fix_works(asked: list[str], message: str, fix: list[str
         ["model.name=gpt2/", "vocabulary.source=model", "trainable.embedding_rows.count=40_000"],
         ["strategy.kind=fedadamw"],
         ["execution.grid=inprocess", "execution.workers=1"],
+        ["finetune.example_dp.enabled=true", "finetune.example_dp.epsilon=3", "finetune.example_dp.engine=opacus"],
     ],
 )
 def test_unusual_but_possible(overrides: list[str]) -> None:

@@ -52,3 +52,21 @@ def test_a_strategy_of_ones_own_is_examined() -> None:
     lines = done.stdout.splitlines()
     assert [line.endswith(": holds") for line in lines if line.startswith("Honest")] == [True] * 8
     assert [line for line in lines if line.startswith("Curious: post-processing: 'slot momentum' after round 1")]
+
+
+def test_biases_are_fine_tuned_with_example_level_privacy(tmp_path: Path) -> None:
+    small = ["vocabulary.size=500", "model.d_model=16", "model.num_layers=1", "data.max_tokens_per_user=65"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "dp_finetune" / "finetune.py"), *small, f"data.cache_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    base, fine_tuned, statement = done.stdout.splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in (base, fine_tuned)]
+    assert max(losses) < 6  # log 500 is 6.2
+    assert statement.startswith("Example-level differential privacy with epsilon 8 at delta 1e-05")
+    assert "NOT PRIVATE" not in statement

@@ -1,0 +1,106 @@
+"""Example-level DP-SGD on the devices of a federated run (`local.example_dp`): one budget, the same for every device.
+
+In each round that it takes part in, a device makes a fixed number of DP-SGD steps on its own sequences and noises them
+itself. What it sends is then private for each of its sequences, whoever sees it, the server included; this holds beside
+the user-level guarantee of the aggregate and is accounted for apart from it.
+
+Guarantee:
+    Unit: one sequence (`data.sequence_length` tokens of one user), added or removed. Each of the device's steps is a
+    Poisson-sampled Gaussian mechanism with the public rate q, and its sum is divided by a public number, so that not
+    even the amount of text shows. The row set, negatives and the model that the device starts from do not depend on its
+    data but through releases. A device whose rounds are spent stays away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fedlm.config.schema import Config
+from fedlm.errors import BudgetExceededError
+from fedlm.privacy import accounting
+from fedlm.rounding import rounded_up
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """What every device may spend.
+
+    Arguments:
+        sampling_rate: q, probability of each of a device's sequences to be in a step.
+        noise_multiplier: z.
+        steps: In one round.
+        max_rounds: That a device takes part in.
+        delta: Of the guarantee.
+        clip_norm: C of one sequence's gradient.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+    max_rounds: int
+    delta: float
+    clip_norm: float
+
+    def epsilon(self, num_rounds: int) -> float:
+        """Return what a device's sequence has spent after `num_rounds` rounds of that device."""
+        return accounting.epsilon(
+            sampling_probability=self.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+            rounds=num_rounds * self.steps,
+            delta=self.delta,
+        )
+
+    @property
+    def statement(self) -> str:
+        """The guarantee in words, for a single sequence."""
+        return (
+            f"Example-level differential privacy on each device with epsilon "
+            f"{rounded_up(self.epsilon(self.max_rounds))} at delta {self.delta:g} (unit: one training sequence of one "
+            f"device; adjacency: add or remove one sequence), also against the server, for at most {self.max_rounds:,} "
+            f"rounds of a device: {self.steps} steps a round, Poisson sampling of its sequences at q = "
+            f"{self.sampling_rate:g}, noise multiplier z = {self.noise_multiplier:.4g}, clip norm C = "
+            f"{self.clip_norm:g}, PLD accounting. One round costs epsilon {rounded_up(self.epsilon(1))}."
+        )
+
+    def figures(self) -> dict[str, object]:
+        """Return the same as JSON-ready values."""
+        return {
+            "unit": "one training sequence of one device",
+            "epsilon": self.epsilon(self.max_rounds),
+            "epsilon_of_one_round": self.epsilon(1),
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "clip_norm": self.clip_norm,
+            "sampling_rate": self.sampling_rate,
+            "steps": self.steps,
+            "max_rounds": self.max_rounds,
+            "statement": self.statement,
+        }
+
+
+@lru_cache(maxsize=4)
+def device_budget(config: Config) -> DeviceBudget | None:
+    """Return the budget of a config's devices, its noise given or calibrated; None without `local.example_dp`.
+
+    Raises:
+        BudgetExceededError: Noise multiplier and epsilon are both given, and the rounds cost more.
+    """
+    local = config.local.example_dp
+    if not local.enabled:
+        return None
+    max_rounds = min(local.max_rounds or config.rounds, config.rounds)
+    z = local.noise_multiplier or accounting.noise_multiplier(
+        sampling_probability=local.sampling_rate,
+        rounds=max_rounds * local.steps,
+        epsilon=local.epsilon,
+        delta=local.delta,
+    )
+    budget = DeviceBudget(local.sampling_rate, z, local.steps, max_rounds, local.delta, local.clip_norm)
+    spent = budget.epsilon(max_rounds)
+    if local.epsilon and spent > local.epsilon * (1 + 1e-4):  # the accountant's fourth digit
+        raise BudgetExceededError(
+            f"local.example_dp.noise_multiplier = {z:.4g} costs epsilon {rounded_up(spent)} in {max_rounds:,} rounds, "
+            f"allowed is {local.epsilon:g}; set it to 0 to calibrate it, or local.example_dp.max_rounds lower"
+        )
+    return budget

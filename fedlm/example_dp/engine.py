@@ -1,0 +1,94 @@
+"""Exact clipped gradients in one forward and one backward pass (book-keeping; Bu et al. 2022, arXiv 2210.00038).
+
+Legend: B examples of a physical batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from fedlm.example_dp.clip_rule import ClipRule
+from fedlm.example_dp.passes import differentiate, total_norms
+from fedlm.example_dp.refusals import refuse_batch_statistics, watched_modules
+from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.task import BatchT, Task
+
+
+@dataclass(frozen=True)
+class ClippedGradients:
+    """What one physical batch adds to a step.
+
+    Arguments:
+        sums: `sum_i factor_i g_i` of everything that trains, by name, in its shape.
+        norms: Each example's gradient norm before clipping, (B,) float64; private, like all that follows.
+        losses: (B,).
+        num_clipped: Examples with a norm over the bound.
+        num_rejected: Examples whose gradient is not finite; they add nothing.
+    """
+
+    sums: dict[str, Tensor]
+    norms: Tensor
+    losses: Tensor
+    num_clipped: int
+    num_rejected: int
+
+    @classmethod
+    def of(cls, sums: dict[str, Tensor], norms: Tensor, losses: Tensor, rule: ClipRule) -> ClippedGradients:
+        """Return the result with its counts."""
+        finite = torch.isfinite(norms)  # (B,)
+        num_clipped = int(((norms > rule.clip_norm) & finite).sum())
+        return cls(sums, norms, losses, num_clipped, int((~finite).sum()))
+
+
+class PerExampleEngine(Generic[BatchT]):
+    """Computes clipped gradients of a task.
+
+    Guarantee: what one example adds to `sums` has an L2 norm of at most `rule.clip_norm` over all tensors together, and
+    no other example changes it. This rests on the task: each loss depends on its own example alone
+    (`independence.check_independence` tests that).
+
+    Edge cases: an example with an infinite or undefined gradient adds zero; a module that was not called, and a trained
+    parameter used outside its own module's call, have gradient zero. The model, the `grad` and the `requires_grad` of
+    its parameters are left as they were.
+
+    Arguments:
+        task: Its trained tensors may change between passes, in place.
+
+    Raises:
+        ConfigError: A trained parameter that no tap can follow, or batch statistics; it names the module.
+    """
+
+    def __init__(self, task: Task[BatchT]) -> None:
+        self._task = task
+        self._watched = watched_modules(task.model, task.trained)
+        refuse_batch_statistics(task.model)
+
+    def clipped(self, batch: BatchT, rule: ClipRule) -> ClippedGradients:
+        """Return the clipped sums of one physical batch.
+
+        Raises:
+            ConfigError: A module that was called with another first dimension than the examples'; losses of another
+                shape than (B,); batch statistics.
+        """
+        refuse_batch_statistics(self._task.model)
+        tape, losses = differentiate(self._task, batch, self._watched)
+        norms = total_norms(tape)  # (B,)
+        sums = _weighted_sums(tape, rule.factors(norms).to(losses), self._task.trained)
+        return ClippedGradients.of(sums, norms, losses, rule)
+
+
+@torch.no_grad()
+def _weighted_sums(tape: Tape, factors: Tensor, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums of all that trains, zeros where nothing was contributed; empties the tape."""
+    sums: dict[str, Tensor] = {}
+    while tape.contributions:  # each frees its memory as it goes
+        for name, part in tape.contributions.pop().weighted_sums(factors).items():
+            assert name not in sums, f"two contributions to {name}: its norm lacks what they have in common"
+            sums[name] = part
+    assert sums.keys() <= trained.keys(), f"contributions to {sums.keys() - trained.keys()}, which do not train"
+    return {name: sums[name] if name in sums else torch.zeros_like(t.detach()) for name, t in trained.items()}

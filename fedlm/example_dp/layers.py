@@ -1,0 +1,150 @@
+"""Taps: in a pass every module that owns a trained parameter hands its input and its output's gradient to its pieces.
+
+The module's own forward runs unchanged, with all parameters frozen, so autograd computes no gradient of a parameter and
+stores no input for one. The tap is the identity on the output; its backward pass is where the pieces are fed.
+
+What is exact for which module: linear modules (`nn.Linear`, GPT-2's `Conv1D`), also called several times a pass, LoRA's
+factors among them; `nn.LayerNorm`; RMSNorms that only scale by their weight; `nn.Embedding`; our `Positions`.
+
+Legend: B examples, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlm.errors import ConfigError
+from fedlm.example_dp.bitfit import BiasPiece
+from fedlm.example_dp.gains import GainPiece, is_plain_rms_norm
+from fedlm.example_dp.matrix import MatrixPiece
+from fedlm.example_dp.pieces import Piece
+from fedlm.example_dp.rows import RowsPiece
+from fedlm.example_dp.tape import Tape
+from fedlm.models.layers import Positions
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A module and what trains in it.
+
+    Arguments:
+        path: Of the module in the model.
+        module: Of a kind that `module_kind` knows.
+        parameters: What trains, by the name inside the module ("weight", "bias").
+        names: The same parameters' names in `task.trained`.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    names: Mapping[str, str]
+
+    def pieces(self, num_examples: int) -> list[Piece]:
+        """Return a new piece for each trained parameter."""
+        return [self._piece(local, parameter, num_examples) for local, parameter in self.parameters.items()]
+
+    def _piece(self, local: str, parameter: nn.Parameter, B: int) -> Piece:
+        name, kind = self.names[local], module_kind(self.module)
+        if local == "bias":
+            return BiasPiece(name, parameter, B)
+        if kind == "norm":
+            return GainPiece(name, parameter, B, self.module)
+        if kind == "embedding":
+            padding = self.module.padding_idx if isinstance(self.module, nn.Embedding) else None
+            return RowsPiece(name, parameter, B, padding=padding)
+        if kind == "positions":
+            return RowsPiece(name, parameter, B)
+        return MatrixPiece(name, parameter, B, is_transposed=kind == "conv1d")
+
+
+def module_kind(module: nn.Module) -> str | None:
+    """Return what kind of module it is to a tap: "linear", "conv1d", "norm", "embedding", "positions"; None: unknown.
+
+    The exact types alone: a subclass may use its parameters in another way.
+    """
+    kinds: dict[type[nn.Module], str] = {
+        nn.Linear: "linear", nn.LayerNorm: "norm", nn.Embedding: "embedding", Positions: "positions",
+    }  # fmt: skip
+    if kind := kinds.get(type(module)):
+        return kind
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "conv1d"
+    return "norm" if is_plain_rms_norm(module) else None
+
+
+@contextmanager
+def tapped(watched: Sequence[Watched], tape: Tape) -> Iterator[None]:
+    """Tap the modules and freeze their trained parameters; both are undone at the end, after an error too."""
+    with ExitStack() as undo:
+        for one in watched:
+            for parameter in one.parameters.values():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+            pieces = one.pieces(tape.num_examples)
+            for piece in pieces:
+                tape.add(piece)
+            handle = one.module.register_forward_hook(_Hook(one, pieces, tape), with_kwargs=True)
+            undo.callback(handle.remove)
+        yield
+
+
+class _Hook:
+    """Puts the tap behind each call of one module."""
+
+    def __init__(self, watched: Watched, pieces: list[Piece], tape: Tape) -> None:
+        self._watched, self._pieces, self._tape = watched, pieces, tape
+        self._kind = module_kind(watched.module)
+        self._needs_input = any(piece.needs_input for piece in pieces)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        B = self._tape.num_examples
+        if self._kind == "embedding":
+            x, y = _per_example(x, y, B)
+        elif self._kind == "positions":
+            x = torch.arange(y.shape[1], device=y.device).expand(B, -1)  # (B, T)
+        if x.ndim < 2 or x.shape[0] != B or y.shape[0] != B:
+            raise ConfigError(
+                f"module '{self._watched.path}' was called with an input of shape {tuple(x.shape)} in a batch of {B} "
+                "examples: the first dimension must be the example; freeze its parameters or reshape in the model"
+            )
+        kept = x.detach() if self._needs_input else None
+        tapped_y: Tensor = _Tap.apply(y, kept, self._tape.trigger, self._pieces)  # type: ignore[no-untyped-call]
+        return tapped_y
+
+
+def _per_example(ids: Tensor, rows: Tensor, B: int) -> tuple[Tensor, Tensor]:
+    """Expand position ids (T,) or (1, T), which all examples share, to (B, T), and their rows to (B, T, D).
+
+    Left to broadcasting, the gradient of the rows would already be summed over the batch.
+    """
+    if ids.ndim == 1:
+        ids, rows = ids[None], rows[None]
+    if len(ids) == 1 != B:
+        return ids.expand(B, *ids.shape[1:]), rows.expand(B, *rows.shape[1:])
+    return ids, rows
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward pass feeds the pieces."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor | None, trigger: Tensor, pieces: list[Piece]) -> Tensor:
+        ctx.save_for_backward(x)  # autograd notices if somebody writes into it
+        ctx.pieces = pieces
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x,) = grad_outputs, ctx.saved_tensors
+        for piece in ctx.pieces:
+            piece.receive(x, gradient)
+        return gradient, None, None, None

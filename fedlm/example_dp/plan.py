@@ -1,0 +1,300 @@
+"""The plan of an example-level DP-SGD run: sampler, clip rule, noise and accounting, made together or not at all.
+
+A step takes each of the n examples with probability q = batch size / n, each by its own coin (Poisson), sums their
+gradients clipped to C, adds N(0, (z C)^2) to every coordinate and divides by the *expected* batch size q n (Abadi et
+al. 2016, https://arxiv.org/abs/1607.00133). A run has one or more phases, which may train different parameters
+(X+BiTFiT: all of them, then biases alone); what they cost together is `fedlm.privacy.composition`.
+
+>>> from fedlm.config.schema import ExampleDpConfig
+>>> config = ExampleDpConfig(enabled=True, epsilon=3.0, delta=1e-5)
+>>> plan = ExamplePlan.create(config, num_examples=10_000, batch_size=250, steps=(40, 80))
+>>> round(plan.epsilon(40), 1), round(plan.epsilon(120), 1)
+(2.2, 3.0)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+from randomgen import AESCounter
+from torch import Tensor
+
+from fedlm.config.schema import ExampleDpConfig
+from fedlm.errors import BudgetExceededError, ConfigError
+from fedlm.example_dp import statement
+from fedlm.example_dp.clip_rule import ClipRule
+from fedlm.example_dp.release import check_sums, noised_means
+from fedlm.example_dp.step_keys import StepKeys
+from fedlm.privacy import accounting
+from fedlm.privacy.composition import Event, composed_epsilon
+from fedlm.privacy.fixed_point import CAPACITY, UNITS
+from fedlm.privacy.noise import MAX_STD, NoiseStream, Uncopied
+from fedlm.privacy.ranges import require_count, require_number
+
+_LARGEST_BATCH = CAPACITY // 2  # expected; what is sampled beyond CAPACITY would not fit the lattice
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps with the same noise.
+
+    Arguments:
+        steps: How many.
+        noise_multiplier: z, the noise's standard deviation in units of the clip norm; 0 only without privacy.
+    """
+
+    steps: int
+    noise_multiplier: float
+
+
+class _Claims:
+    """The steps that were released, so that none is released twice; safe across threads."""
+
+    def __init__(self) -> None:
+        self._steps: set[int] = set()
+        self._lock = Lock()
+
+    def claim(self, step: int) -> None:
+        """Record a step before its noise is drawn; a failure afterwards still counts."""
+        with self._lock:
+            if step in self._steps:
+                raise BudgetExceededError(f"step {step} was already released, its sum may leave once; take the next")
+            self._steps.add(step)
+
+
+@dataclass(frozen=True, eq=False)
+class ExamplePlan(Uncopied):
+    """The only way to sample examples and to release a step; made by `create`.
+
+    Arguments:
+        num_examples: n.
+        batch_size: Expected examples of a step, q n; need not be whole.
+        phases: One after the other.
+        delta: Of the guarantee.
+        rule: How a gradient is clipped; its clip norm is infinite when the plan is not private.
+        epsilon_target: What the noise was calibrated to or must not exceed; 0: neither.
+        seed: What sample and noise follow from when the plan is reproducible or not private.
+        reproducible: Debugging: NOT PRIVATE.
+
+    Guarantee:
+        All results of `release` together are (epsilon(num_steps), delta)-differentially private with respect to adding
+        or removing one example, for those who know n, if each step's sums are those of exactly the sampled examples'
+        gradients under `rule`, in exact arithmetic, each gradient a function of its own example, of earlier releases
+        and of draws that do not depend on the data, and nothing else leaves.
+
+    Edge cases:
+        An empty sample releases noise; non-finite sums raise before anything is released; each step is released once,
+        steps beyond the plan are refused; plans are neither copied nor pickled, and a new one samples anew.
+
+    Raises:
+        ConfigError: A number out of range.
+    """
+
+    num_examples: int
+    batch_size: float
+    phases: tuple[Phase, ...]
+    delta: float
+    rule: ClipRule
+    epsilon_target: float = 0.0
+    seed: int = field(default=0, repr=False)
+    reproducible: bool = False
+    _keys: StepKeys = field(init=False, repr=False)
+    _claims: _Claims = field(init=False, repr=False, default_factory=_Claims)
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        require_count("number of examples", self.num_examples, low=1, fix="add data")
+        most = min(self.num_examples, _LARGEST_BATCH)
+        require_number("batch_size", self.batch_size, above=0, high=most, fix="it is expected of these examples")
+        for phase in self.phases:
+            require_count("steps", phase.steps)
+            require_number("noise multiplier", phase.noise_multiplier, low=0, high=MAX_STD / UNITS, fix="raise epsilon")
+        require_count("steps of all phases", self.num_steps, low=1, fix="train more epochs")
+        require_number("example_dp.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
+        require_number("example_dp.epsilon", self.epsilon_target, low=0)
+        if any((phase.noise_multiplier > 0) != self.is_private for phase in self.phases):
+            raise ConfigError(
+                f"clip norm {self.rule.clip_norm:g} and noise multipliers "
+                f"{[phase.noise_multiplier for phase in self.phases]} contradict each other; give both, or an infinite "
+                "clip norm and no noise"
+            )
+        known = self.reproducible or not self.is_private
+        object.__setattr__(self, "_keys", StepKeys(self.seed if known else None))
+
+    @classmethod
+    def create(
+        cls,
+        config: ExampleDpConfig,
+        *,
+        num_examples: int,
+        batch_size: float,
+        steps: tuple[int, ...],
+        seed: int = 0,
+        reproducible: bool = False,
+    ) -> ExamplePlan:
+        """Return the plan of a run; one noise multiplier for all phases, calibrated to epsilon unless it is given.
+
+        Arguments:
+            config: The section example_dp. Not enabled: neither clipping nor noise, stamped NOT PRIVATE.
+            num_examples: n.
+            batch_size: Expected examples of a step.
+            steps: Of each phase.
+            seed: The experiment's; used only if reproducible or not enabled.
+            reproducible: `privacy.reproducible_noise`.
+
+        Raises:
+            ConfigError: A number out of range, or neither epsilon nor noise multiplier.
+            BudgetExceededError: Both are given and the steps cost more than epsilon.
+        """
+        require_count("number of examples", num_examples, low=1, fix="add data")
+        require_number("batch_size", batch_size, above=0, high=num_examples, fix=f"there are {num_examples:,} examples")
+        z = _noise_multiplier(config, batch_size / num_examples, sum(steps)) if config.enabled else 0.0
+        plan = cls(
+            num_examples=num_examples,
+            batch_size=batch_size,
+            phases=tuple(Phase(count, z) for count in steps),
+            delta=config.delta,
+            rule=ClipRule(config.clipping, config.clip_norm) if config.enabled else ClipRule("flat", math.inf),
+            epsilon_target=config.epsilon if config.enabled else 0.0,
+            seed=seed,
+            reproducible=reproducible,
+        )
+        plan._require_budget()
+        return plan
+
+    @property
+    def is_private(self) -> bool:
+        """Whether gradients are clipped and noised."""
+        return math.isfinite(self.rule.clip_norm)
+
+    @property
+    def sampling_probability(self) -> float:
+        """q, of each example in each step."""
+        return self.batch_size / self.num_examples
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """The warnings that everything made under this plan carries."""
+        return statement.stamps(self)
+
+    @property
+    def statement(self) -> str:
+        """The guarantee in words."""
+        return statement.statement(self)
+
+    def figures(self) -> dict[str, object]:
+        """Return the guarantee as JSON-ready values."""
+        return statement.figures(self)
+
+    def phase_steps(self, phase: int) -> range:
+        """Return the steps of a phase, both counted from 0."""
+        require_count("phase", phase, high=len(self.phases) - 1)
+        start = sum(earlier.steps for earlier in self.phases[:phase])
+        return range(start, start + self.phases[phase].steps)
+
+    def noise_std(self, step: int) -> float:
+        """Return the standard deviation of a coordinate of a step's release, z C / (q n); 0 when not private."""
+        z = self._noise_multiplier_of(step)
+        return z * self.rule.clip_norm / self.batch_size if self.is_private else 0.0
+
+    def epsilon(self, steps_done: int) -> float:
+        """Return epsilon at `delta` of the first `steps_done` releases; infinity when not private."""
+        require_count("steps done", steps_done, high=self.num_steps)
+        if not self.is_private:
+            return math.inf
+        events = []
+        for index, phase in enumerate(self.phases):
+            done = min(max(0, steps_done - self.phase_steps(index).start), phase.steps)
+            events.append(Event(self.sampling_probability, phase.noise_multiplier, done))
+        return composed_epsilon(events, self.delta)
+
+    def sample(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the sorted indices of a step's examples, possibly none; the same ones at each call.
+
+        Arguments:
+            step: Counted from 0 over all phases.
+
+        Guarantee:
+            Each example is in with probability q on its own, from a key that only this object has; who was sampled,
+            and how many, is as private as the data.
+        """
+        self._check_step(step)
+        generator = np.random.Generator(AESCounter(key=self._keys.sampling(step)))
+        return np.flatnonzero(generator.random(self.num_examples) < self.sampling_probability)
+
+    def step_secret(self, step: int) -> bytes:
+        """Return the 32 bytes that a task's own draws in a step follow from (`Task.begin_step`)."""
+        self._check_step(step)
+        return self._keys.draws(step)
+
+    def release(self, sums: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return the noised mean gradient of a step: the only thing of the data that may leave.
+
+        Arguments:
+            sums: Clipped sums of *all* trained parameters, float32 or float64; overwritten.
+            step: Counted from 0 over all phases; each once.
+
+        Returns:
+            By name in the shapes of the sums: (sum + N(0, (z C)^2)) / (q n); without noise when not private.
+
+        Raises:
+            FedlmError: Sums that are not those of clipped gradients; nothing was released then.
+            BudgetExceededError: The step was released before or is beyond the plan.
+        """
+        self._check_step(step)
+        check_sums(sums, self.rule.clip_norm)
+        self._claims.claim(step)
+        if not self.is_private:
+            return {name: value.div_(self.batch_size) for name, value in sums.items()}
+        return noised_means(
+            sums,
+            clip_norm=self.rule.clip_norm,
+            noise_multiplier=self._noise_multiplier_of(step),
+            divisor=self.batch_size,
+            stream=NoiseStream(self._keys.noise(step)),
+        )
+
+    def _check_step(self, step: int) -> None:
+        require_count("step", step)
+        if step >= self.num_steps:
+            raise BudgetExceededError(f"all {self.num_steps:,} planned steps were made; plan more at the start")
+
+    def _noise_multiplier_of(self, step: int) -> float:
+        self._check_step(step)
+        return next(p.noise_multiplier for i, p in enumerate(self.phases) if step in self.phase_steps(i))
+
+    def _require_budget(self) -> None:
+        """Refuse a plan whose steps cost more than its epsilon."""
+        if not (self.is_private and self.epsilon_target):
+            return
+        spent = self.epsilon(self.num_steps)
+        # Another version of the accountant may round otherwise in the fourth digit.
+        if spent > self.epsilon_target * (1 + 1e-4):
+            raise BudgetExceededError(
+                f"noise multiplier {self.phases[0].noise_multiplier:.4g} over {self.num_steps:,} steps costs epsilon "
+                f"{spent:.4g}, allowed is {self.epsilon_target:.4g}; set example_dp.noise_multiplier = 0 to calibrate "
+                "it, or example_dp.epsilon = 0 to accept the cost"
+            )
+
+
+def _noise_multiplier(config: ExampleDpConfig, sampling_probability: float, steps: int) -> float:
+    """Return z as given, or calibrated to epsilon."""
+    if config.noise_multiplier:
+        return require_number("example_dp.noise_multiplier", config.noise_multiplier, above=0)
+    if not config.epsilon:
+        raise ConfigError("example_dp.epsilon = 0 and example_dp.noise_multiplier = 0; give one of them")
+    require_number("example_dp.delta", config.delta, low=accounting.MIN_DELTA, high=0.1)
+    require_count("steps of all phases", steps, low=1, fix="train more epochs")
+    return accounting.noise_multiplier(
+        sampling_probability=sampling_probability, rounds=steps, epsilon=config.epsilon, delta=config.delta
+    )
