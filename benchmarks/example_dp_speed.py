@@ -58,7 +58,6 @@ PLAIN_ROWS = ("plain full", "plain bias")
 _COMMON = {
     "plain full": Row("plain", "full"),
     "plain bias": Row("plain", "bias"),
-    "plain LoRA": Row("plain", "lora"),
     "fedlm full": Row("ours", "full"),
     "fedlm BiTFiT": Row("ours", "bias"),
     "fedlm LoRA": Row("ours", "lora"),
@@ -212,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 512], help="T, tokens of an example")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes for each row")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps in each process, at most")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps in each process, at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

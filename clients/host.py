@@ -32,12 +32,14 @@ from fedlm.messages import (
     TrainReply,
     TrainRequest,
 )
+from fedlm.models.transformer import TransformerModel
 from fedlm.privacy.clipping import ClippedSum, ClipRecord
 from fedlm.privacy.riders import NO_WORDS, Facts, WordMap
 from fedlm.training import products
 from fedlm.training.group import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
 from fedlm.training.private_local import PrivateLocalTrainer
+from fedlm.training.released_noise import released_noise
 
 UNKNOWN_VERSION = -2
 EVALUATION_TOKENS = 4096  # tokens whose hidden states are scored at once
@@ -163,7 +165,20 @@ class DeviceHost:
         else:
             return False
         self._version = broadcast.to_version
+        self._note_noise(broadcast)
         return True
+
+    def _note_noise(self, broadcast: Broadcast) -> None:
+        """Tell a model with Re-Attention how noisy its weights now are."""
+        model, config = self._trainable.model, self._config
+        if isinstance(model, TransformerModel) and model.re_attention and broadcast.to_version:
+            model.noise_levels = released_noise(
+                config,
+                self._trainable,
+                self._experiment.vocabulary.frequencies,
+                noise_std=broadcast.noise_std,
+                rounds=broadcast.to_version,
+            )
 
     @torch.no_grad()
     def _score_user(self, user: int) -> Score:

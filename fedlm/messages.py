@@ -39,6 +39,7 @@ class Broadcast:
         patch: The values (P',) of those rows and of everything outside the embedding.
         row_ids: This round's public row set (S,).
         key: The round's key (`fedlm.randomness.round_key`).
+        noise_std: Of a coordinate of the round's noised mean; 0 without noise.
     """
 
     run: str
@@ -48,6 +49,7 @@ class Broadcast:
     patch: Vector
     row_ids: RowIds
     key: bytes
+    noise_std: float
 
 
 @dataclass(frozen=True)

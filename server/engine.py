@@ -289,6 +289,7 @@ class Engine:
             patch=patch,
             row_ids=self._rows(next_round),
             key=round_key(self._config.seed, next_round),
+            noise_std=self._privacy.noise_std(next_round, self._spec_of(next_round)),
         )
         return to_records("broadcast", message)
 

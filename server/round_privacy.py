@@ -89,6 +89,10 @@ class RoundPrivacy:
         answers = {name.removeprefix(_ANSWER): a for name, a in arrays.items() if name.startswith(_ANSWER)}
         return Released(arrays["mean"], answers, self.plan.noise_std(self.clipper(t, spec)))
 
+    def noise_std(self, t: int, spec: UpdateSpec) -> float:
+        """Return the standard deviation of a coordinate of the next round's mean."""
+        return self.plan.noise_std(self.clipper(t, spec))
+
     def metrics(self, released: Released) -> dict[str, Any]:
         """Return what a round's metrics say of its privacy: all of it released or public."""
         state = self._state

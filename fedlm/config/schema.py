@@ -81,8 +81,11 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout in local training", low=0, high=0.9)
     tied: bool = option(True, "input and output embedding are one table")
     base: str = option("pretrain", "pretrain (trained once on the public users, cached), random, or a base folder")
-    re_attention: bool = option(
-        False, "transformer: correct attention for the noise of the released weights (docs/re_attention.md)"
+    re_attention: str = option(
+        "off",
+        "transformer: correct attention for the noise of the released weights (docs/re_attention.md); a row's noise is "
+        "absolute, or relative to its signal, per_frequency",
+        choices=("off", "absolute", "per_frequency"),
     )
 
 

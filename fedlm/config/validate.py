@@ -108,10 +108,10 @@ def _model(config: Config) -> Iterator[str]:
             f"model.name = {model.name!r} brings its own vocabulary, but vocabulary.source = {source!r}; "
             "set vocabulary.source = 'model'"
         )
-    if model.re_attention and model.name != "transformer":
+    if model.re_attention != "off" and model.name != "transformer":
         yield (
-            f"model.re_attention = true corrects the attention of our transformer, but model.name = {model.name!r}; "
-            "set model.re_attention = false, or model.name = 'transformer'"
+            f"model.re_attention = {model.re_attention!r} corrects the attention of our transformer, but model.name = {model.name!r}; "
+            "set model.re_attention = 'off', or model.name = 'transformer'"
         )
     if model.name == "transformer" and model.d_hidden:
         yield f"model.d_hidden = {model.d_hidden} is of the lstm; set model.d_ff for the transformer"
@@ -289,8 +289,8 @@ def _local_example_dp(config: Config) -> Iterator[str]:
         )
     if config.privacy.non_private_diagnostics:
         yield (
-            "privacy.non_private_diagnostics = true lets devices tell norms and losses, which local.example_dp does not "
-            f"noise; set it to false, {off}"
+            "privacy.non_private_diagnostics = true lets devices tell norms and losses, which local.example_dp does "
+            f"not noise; set it to false, {off}"
         )
     for metric in {"train_loss", "num_tokens"} & set(config.privacy.metrics):
         yield f"privacy.metrics has {metric!r}, which devices with local.example_dp do not tell; leave it out, {off}"

@@ -22,9 +22,13 @@ def add_biases(model: nn.Module) -> list[str]:
     Returns:
         The names of the new parameters, in the order of the model.
     """
-    added = []
+    added: list[str] = []
     for path, module in model.named_modules():
-        if type(module) is nn.Linear and module.bias is None and not any(f in f".{path}." for f in _FACTORS):
+        if (
+            type(module) is nn.Linear
+            and module._parameters["bias"] is None
+            and not any(f in f".{path}." for f in _FACTORS)
+        ):
             weight = module.weight
             module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
             added.append(f"{path}.bias")

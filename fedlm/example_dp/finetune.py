@@ -26,7 +26,7 @@ from fedlm.example_dp.trainer import DpTrainer, StepReport
 from fedlm.example_dp.workloads import Workload, open_workload
 
 Listener = Callable[[dict[str, object]], None]
-_NUM_EPSILONS = 20  # times that epsilon is computed anew: it is a composition, and takes a while
+_EPSILON_SHARE = 0.05  # of the time at most, to tell epsilon meanwhile: a composition takes seconds
 _NUM_LINES = 200  # of metrics.jsonl
 
 
@@ -186,7 +186,7 @@ class _Progress:
     def __init__(self, plan: ExamplePlan, folder: FinetuneFolder, listener: Listener) -> None:
         self._plan, self._folder, self._listener = plan, folder, listener
         self._done, self._phase, self._epsilon = 0, 0, 0.0
-        self._last = time.monotonic()
+        self._last = self._epsilon_due = time.monotonic()
         self.seconds = 0.0
 
     def phase(self, phase: int) -> None:
@@ -199,8 +199,9 @@ class _Progress:
         seconds = now - self._last
         self._done, self.seconds = report.step, self.seconds + seconds
         ended = report.step == total
-        if ended or report.step % -(-total // _NUM_EPSILONS) == 0 or report.step == 1:
+        if ended or now >= self._epsilon_due:
             self._epsilon = self._plan.epsilon(report.step)
+            self._epsilon_due = now + (time.monotonic() - now) / _EPSILON_SHARE
         if ended or report.step % -(-total // _NUM_LINES) == 0 or report.step == 1:
             self._folder.metric(
                 {"phase": self._phase, **asdict(report), "epsilon_at_least": self._epsilon, "seconds": self.seconds}

@@ -66,7 +66,7 @@ def bleu(model: LanguageModel, vocabulary: Vocabulary, rows: TextRows, num_promp
         DataError: sacrebleu is not installed.
     """
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise DataError("finetune.samples needs sacrebleu; pip install fedlm[bleu], or set it to 0") from error
     references = _references(rows, num_prompts)

@@ -84,7 +84,7 @@ class LanguageTask(Task[Batch]):
             torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.mask, batch.read)
         )  # (B, T) each
         rows = tables.look_up(tape, inputs, read)  # (B, T, D)
-        hidden = model.body(model.embed(rows), read)  # (B, T, D)
+        hidden = model.body(model.embed(rows), read, model.row_noise(inputs))  # (B, T, D)
         if self._noise is None:
             return tables.full_softmax(tape, hidden, targets, mask, self._loss.chunk)
         negatives = torch.from_numpy(self._noise.draw(stream(self._key, "negatives", self._step))).to(device)  # (K,)
@@ -109,6 +109,10 @@ class Sequences(Examples[Batch]):
 
     def __len__(self) -> int:
         return len(self._sequences.inputs)
+
+    def lengths(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the tokens of some of them, (B,)."""
+        return np.asarray(self._sequences.mask[indices].sum(axis=1))
 
     def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
         """Return some of them as one batch, cut to the longest, but never to nothing."""

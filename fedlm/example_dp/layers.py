@@ -79,13 +79,16 @@ def module_kind(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def tapped(watched: Sequence[Watched], tape: Tape) -> Iterator[None]:
-    """Tap the modules and freeze their trained parameters; both are undone at the end, after an error too."""
+def tapped(model: nn.Module, watched: Sequence[Watched], tape: Tape) -> Iterator[None]:
+    """Tap some modules of a model and freeze all its parameters; both are undone at the end, after an error too.
+
+    All: autograd would keep the inputs of a linear module whose weight it believes to train.
+    """
     with ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
         for one in watched:
-            for parameter in one.parameters.values():
-                undo.callback(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(False)
             pieces = one.pieces(tape.num_examples)
             for piece in pieces:
                 tape.add(piece)

@@ -33,7 +33,7 @@ def differentiate(
         ConfigError: The task does not give one loss for each example.
     """
     tape = Tape(task.num_examples(batch))
-    with torch.enable_grad(), tapped(watched, tape):
+    with torch.enable_grad(), tapped(task.model, watched, tape):
         losses = checked_losses(task.losses(batch, tape), tape.num_examples)
         if losses.requires_grad:
             weights = torch.ones_like(losses)  # (B,)

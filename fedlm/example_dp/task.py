@@ -25,6 +25,9 @@ class Examples(Protocol[CovariantBatch]):
     def __len__(self) -> int:
         """Return the number of examples, n."""
 
+    def lengths(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how long some examples are (B,), in tokens: alike ones go into one physical batch."""
+
     def batch(self, indices: npt.NDArray[np.int64]) -> CovariantBatch:
         """Return these examples (B,) as one physical batch; B may be 1, never 0."""
 

@@ -197,6 +197,8 @@ class DpTrainer(Generic[BatchT]):
         self._check_once(indices, step)
         self._task.begin_step(step, self._plan.step_secret(step))
         totals = _Totals()
+        # A batch is padded to its longest example, so the similar go together.
+        indices = indices[np.argsort(-self._examples.lengths(indices), kind="stable")]
         for start in range(0, len(indices), self._physical):
             batch = self._examples.batch(indices[start : start + self._physical])
             totals.add(self._engine.clipped(batch, self._plan.rule))

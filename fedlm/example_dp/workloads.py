@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedlm.config.schema import Config
 from fedlm.config.validate import validate_sizes
 from fedlm.data.batching import Batch
-from fedlm.data.examples import read_rows
+from fedlm.data.examples import TextRows, read_rows
 from fedlm.data.prompts import read_language_examples
 from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
 from fedlm.errors import ConfigError
@@ -150,7 +150,10 @@ class LanguageWorkload(Workload[Batch]):
         listener({"event": "stage", "text": f"reading {settings.train}"})
         sequences, _ = self._read(settings.train)
         self.examples = Sequences(sequences)
-        self._test, self._test_rows = self._read(settings.test) if settings.test else (None, None)
+        self._test: Batch | None = None
+        self._test_rows: TextRows | None = None
+        if settings.test:
+            self._test, self._test_rows = self._read(settings.test)
         if settings.samples and (self._test_rows is None or len(self._test_rows.columns) < 2):
             raise ConfigError(
                 f"finetune.samples = {settings.samples} needs held-out prompts with answers; give finetune.test a file "
@@ -158,7 +161,7 @@ class LanguageWorkload(Workload[Batch]):
             )
         self.model: LanguageModel = _language_model(self.config, source, self.vocabulary, listener)
 
-    def _read(self, path: str) -> Any:
+    def _read(self, path: str) -> tuple[Batch, TextRows | None]:
         settings = self.config.finetune
         return read_language_examples(Path(path), settings.columns, self.vocabulary, settings.max_length)
 
@@ -178,7 +181,7 @@ class LanguageWorkload(Workload[Batch]):
     def bleu(self) -> float | None:
         """Return the BLEU of greedy answers to the first held-out prompts."""
         settings = self.config.finetune
-        if not settings.samples:
+        if not settings.samples or self._test_rows is None:
             return None
         return generation.bleu(self.model, self.vocabulary, self._test_rows, settings.samples, settings.max_length)
 

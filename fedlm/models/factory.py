@@ -82,7 +82,7 @@ def empty_model(config: Config, vocabulary_size: int) -> TransformerModel | Lstm
         d_ff=model.d_ff or 4 * model.d_model,
         dropout=model.dropout,
         tied=model.tied,
-        re_attention=model.re_attention,
+        re_attention=model.re_attention != "off",
     )
 
 

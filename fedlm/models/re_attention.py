@@ -84,7 +84,7 @@ class NoiseFlow:
                 a, b, scale = wrapped.lora_A[name].weight, wrapped.lora_B[name].weight, wrapped.scaling[name]
                 weight = weight + scale * (b @ a)  # (out, in)
                 from_weights = from_weights + scale**2 * self._factor_noise(a, b, x)  # (B, T, out)
-            return Noised(mean, F.linear(x.variance, weight.square()) + from_weights)
+            return Noised(mean, F.linear(x.variance, weight.square()).add_(from_weights))
 
     def _weight_noise(self, weight: Tensor, bias: Tensor | None, x: Noised) -> Tensor:
         """Return the variance that noise of a dense matrix and its bias adds to each output, (B, T, 1)."""
@@ -104,19 +104,20 @@ class NoiseFlow:
         with torch.no_grad():
             spread, centre = torch.var_mean(x.mean, -1, keepdim=True, correction=0)  # (B, T, 1) each
             spread = spread + module.eps
-            relative = (x.variance / spread).clamp(max=_MOST_RELATIVE_VARIANCE)  # (B, T, D)
-            variance = relative * module.weight.square() + self.of(module.bias)
-            if gain := self.of(module.weight):
-                variance += gain * ((x.mean - centre).square() / spread + relative)
+            relative = (x.variance / spread).clamp_(max=_MOST_RELATIVE_VARIANCE)  # (B, T, D)
+            gain = self.of(module.weight)
+            variance = (relative * (module.weight.square() + gain)).add_(self.of(module.bias))
+            if gain:
+                variance.addcdiv_((x.mean - centre).square_(), spread, value=gain)
         return Noised(mean, variance)
 
     def gelu(self, x: Noised) -> Noised:
         """Apply GELU, elementwise."""
         mean = F.gelu(x.mean)
         with torch.no_grad():
-            density = torch.exp(-x.mean.square() / 2) / math.sqrt(2 * math.pi)
-            slope = (1 + torch.erf(x.mean / math.sqrt(2))) / 2 + x.mean * density
-            return Noised(mean, x.variance * slope.square())
+            density = x.mean.square().mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+            slope = (x.mean * math.sqrt(0.5)).erf_().add_(1).mul_(0.5).addcmul_(x.mean, density)
+            return Noised(mean, slope.square_().mul_(x.variance))
 
     def attention(self, qkv: Noised, num_heads: int) -> Noised:
         """Apply corrected causal attention: (B, T, 3D) to (B, T, D)."""

@@ -80,7 +80,7 @@ class TransformerModel(LanguageModel):
 
     def _check_levels(self, levels: NoiseLevels) -> None:
         if not self.re_attention:
-            raise DataError("noise levels for a transformer without Re-Attention; set model.re_attention = true")
+            raise DataError("noise levels for a transformer without Re-Attention; set model.re_attention")
         if len(levels.rows) != self.vocabulary_size:
             raise DataError(f"noise levels of {len(levels.rows)} rows; the model has {self.vocabulary_size}")
         known = dict(self.named_parameters())

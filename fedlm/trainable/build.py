@@ -19,6 +19,7 @@ from torch import nn
 
 from fedlm.config.schema import Config, LoraConfig
 from fedlm.errors import ConfigError
+from fedlm.example_dp.added_biases import add_biases
 from fedlm.models.base import LanguageModel
 from fedlm.models.weights import thaw
 from fedlm.randomness import seed_key, stream
@@ -87,15 +88,18 @@ class Trainable:
 
 
 def build_trainable(model: LanguageModel, config: Config) -> Trainable:
-    """Inject adapters, freeze the rest, and lay out the update vector.
+    """Add biases, inject adapters, freeze the rest, and lay out the update vector.
 
     Raises:
-        ConfigError: A pattern of `trainable.dense` matches nothing, or nothing at all trains.
+        ConfigError: A pattern of `trainable.dense` matches nothing, `trainable.bias` finds no bias, or nothing at all
+            trains.
     """
+    if config.trainable.added_biases:
+        add_biases(model)
     body = dict(model.body_parameters())
     kinds: dict[str, BlockKind] = dict.fromkeys(_dense_names(body, config.trainable.dense), "dense")
     if config.trainable.bias:
-        kinds |= dict.fromkeys((n for n in body if n.rpartition(".")[2] == "bias"), "bias")
+        kinds |= dict.fromkeys(_bias_names(body), "bias")
     originals = {id(p): name for name, p in body.items()}
     if config.trainable.lora.rank:
         _start_adapter(model, config.trainable.lora, config.seed)
@@ -125,6 +129,13 @@ def _row_parts(model: LanguageModel) -> list[tuple[str, BlockKind, tuple[int, ..
     if model.output_bias is not None:
         parts.append((OUTPUT_BIAS, "rows", shape[:1]))
     return parts
+
+
+def _bias_names(body: Mapping[str, nn.Parameter]) -> list[str]:
+    names = [name for name in body if name.rpartition(".")[2] == "bias"]
+    if not names:
+        raise ConfigError("trainable.bias is true and the model has no bias; set trainable.added_biases = true")
+    return names
 
 
 def _dense_names(body: Mapping[str, nn.Parameter], patterns: tuple[str, ...]) -> list[str]:

@@ -56,7 +56,7 @@ def why_not_grouped(trainable: Trainable, config: Config) -> str:
         return f"groups cannot train {unknown[0]} ({len(unknown)} such tensors)"
     if config.local.example_dp.enabled:
         return "example-level DP clips each of a device's sequences by itself"
-    if config.model.re_attention:
+    if config.model.re_attention != "off":
         return "groups cannot propagate the variances of Re-Attention: their weights differ from device to device"
     scores = config.local.batch_size * config.data.sequence_length * trainable.model.vocabulary_size
     if _needs_whole_table(config) and scores > MOST_SCORES:

@@ -95,6 +95,7 @@ class PrivateLocalTrainer:
             phases=(Phase(budget.steps, budget.noise_multiplier),),
             delta=budget.delta,
             rule=self._rule,
+            divisor=self._config.local.batch_size,
             seed=int.from_bytes(digest, "little"),
             reproducible=self._config.privacy.reproducible_noise,
         )
@@ -108,15 +109,14 @@ class PrivateLocalTrainer:
         chosen: RowIds,
         step: int,
     ) -> dict[str, Tensor]:
-        """Return a step's release over the public divisor."""
+        """Return a step's release."""
         sums = {name: torch.zeros_like(moving) for name, moving in task.moving.items()}
         size = self._config.local.batch_size
         for start in range(0, len(chosen), size):
             part = engine.clipped(text.select(chosen[start : start + size]), self._rule)
             for name, total in sums.items():
                 total += part.sums[name][: len(total)]
-        released = plan.release(sums, step)
-        return {name: mean.mul_(plan.batch_size / size) for name, mean in released.items()}
+        return plan.release(sums, step)
 
 
 class _DeviceTask(Task[Batch]):

@@ -131,7 +131,7 @@ def settings(job: Job) -> Config:
             f"model.d_model={sizes.d_model}",
             f"model.num_layers={sizes.num_layers}",
             f"model.num_heads={sizes.num_heads}",
-            f"model.re_attention={str(job.variant != REFERENCE).lower()}",
+            f"model.re_attention={job.variant}",
             "model.base=random",
             "trainable.lora.rank=0",
             "trainable.dense=['*']",

@@ -12,7 +12,8 @@ from fedlm.errors import ConfigError
 
 NO_ROWS = "trainable.embedding_rows.count=0"
 NO_LORA = "trainable.lora.rank=0"
-LOCAL_DP = ["local.example_dp.enabled=true", "local.example_dp.epsilon=8"]
+QUIET = "privacy.non_private_diagnostics=false"
+LOCAL_DP = ["local.example_dp.enabled=true", "local.example_dp.epsilon=8", QUIET]
 SMALL = ["vocabulary.size=1000", "pretrain.negatives=100", "trainable.embedding_rows.count=100"]
 TINY_SYNTHETIC = ["data.corpus=synthetic", "synthetic.users=50"]
 
@@ -94,7 +95,8 @@ CASES = [
         "or finetune.example_dp.noise_multiplier",
         ["finetune.example_dp.epsilon=3"],
     ),
-    (["local.example_dp.enabled=true"], "or local.example_dp.noise_m", ["local.example_dp.noise_multiplier=1"]),
+    (["local.example_dp.enabled=true", QUIET], "or local.example_dp.noise_m", ["local.example_dp.noise_multiplier=1"]),
+    (LOCAL_DP[:2], "lets devices tell norms", [QUIET]),
     ([*LOCAL_DP, "local.example_dp.engine=opacus"], "'fedlm'", ["local.example_dp.engine=fedlm"]),
     ([*LOCAL_DP, "loss.negatives_from=rows"], "masks targets", ["loss.negatives_from=vocabulary"]),
     ([*LOCAL_DP, "audit.canaries=5"], "set both to 0", ["audit.canaries=0"]),

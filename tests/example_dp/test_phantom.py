@@ -205,6 +205,26 @@ def test_scores_that_grow_from_chunk_to_chunk_match() -> None:
     check(p, "full_softmax", chunk=1)
 
 
+@pytest.mark.parametrize("logit", [0.0, 3.0, 8.0, 13.0])
+@pytest.mark.parametrize("width", [128, 16])
+def test_float32_norms_hold_for_confident_predictions(width: int, logit: float) -> None:
+    """The expansion |p - y|^2 = |p|^2 - 2 p_y + 1 would lose all digits here."""
+    gen = torch.Generator().manual_seed(2)
+    targets = torch.randint(200, (2, 160), generator=gen)
+    table = torch.nn.functional.normalize(torch.randn(200, width, generator=gen), dim=1)
+    hidden = logit * table[targets] + 0.1 * torch.randn(2, 160, width, generator=gen)
+    norms = []
+    for dtype in (torch.float32, torch.float64):
+        tape, mask = Tape(2), torch.ones(2, 160, dtype=torch.bool)
+        tables = TrainedTables(
+            input_table=table.to(dtype), output_table=None, output_bias=None, trained=frozenset({"input_table"})
+        )
+        rows = tables.look_up(tape, targets.roll(1, 1), mask)
+        tables.full_softmax(tape, hidden.to(dtype) + 0.01 * rows, targets, mask, 64).sum().backward()
+        norms.append(tape.contributions[0].squared_norms().sqrt())
+    torch.testing.assert_close(norms[0].double(), norms[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scaled_losses_scale_the_gradients(kind: str) -> None:
     p = problem(7)

@@ -1,0 +1,42 @@
+"""The user-level noise that a federated model holds, for Re-Attention on the devices (docs/re_attention.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.config.schema import Config
+from fedlm.models.noise_levels import NoiseLevels, step_variance, user_level_noise
+from fedlm.trainable.build import Trainable
+from fedlm.training.touched import received_probabilities
+
+
+def released_noise(
+    config: Config, trainable: Trainable, frequencies: npt.NDArray[np.float64], *, noise_std: float, rounds: int
+) -> NoiseLevels:
+    """Return the noise of the weights after some rounds, from public numbers alone.
+
+    The built-in strategies are known; another one counts as a plain step of `strategy.learning_rate`. Earlier rounds
+    count with the noise of this one, which an adaptive clip norm makes an approximation.
+
+    Arguments:
+        config: Of the run.
+        trainable: What trains.
+        frequencies: Public word frequencies (V,).
+        noise_std: Of a coordinate of a round's noised mean, z C / n.
+        rounds: Server steps so far.
+    """
+    rows, strategy = config.trainable.embedding_rows, config.strategy
+    step = step_variance(
+        noise_std,
+        strategy.learning_rate,
+        optimizer="adam" if strategy.kind == "fedadam" else "sgd",
+        adam_epsilon=strategy.epsilon,
+    )
+    return user_level_noise(
+        step,
+        rounds,
+        frozenset(trainable.parameters),
+        inclusion=received_probabilities(rows, frequencies, 1),
+        kind=config.model.re_attention,
+    )
