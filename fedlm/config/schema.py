@@ -181,7 +181,10 @@ class ExampleDpConfig:
 
 @dataclass(frozen=True)
 class LocalExampleDpConfig(ExampleDpConfig):
-    """DP-SGD on each device inside a round, accounted for apart from the user-level noise; batch_size divides its sums."""
+    """DP-SGD on each device inside a round, accounted for apart from the user-level noise.
+
+    `local.batch_size` divides its sums.
+    """
 
     sampling_rate: float = option(
         0.25, "probability of each of a device's sequences to be in a step's batch", above=0, high=1

@@ -110,8 +110,8 @@ def _model(config: Config) -> Iterator[str]:
         )
     if model.re_attention != "off" and model.name != "transformer":
         yield (
-            f"model.re_attention = {model.re_attention!r} corrects the attention of our transformer, but model.name = {model.name!r}; "
-            "set model.re_attention = 'off', or model.name = 'transformer'"
+            f"model.re_attention = {model.re_attention!r} corrects the attention of our transformer, but model.name = "
+            f"{model.name!r}; set model.re_attention = 'off', or model.name = 'transformer'"
         )
     if model.name == "transformer" and model.d_hidden:
         yield f"model.d_hidden = {model.d_hidden} is of the lstm; set model.d_ff for the transformer"

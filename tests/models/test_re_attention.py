@@ -213,7 +213,7 @@ def test_misuse_is_refused(make_model: ModelMaker) -> None:
     assert isinstance(model, TransformerModel)
     plain = make_model("transformer")
     assert isinstance(plain, TransformerModel)
-    with pytest.raises(DataError, match="set model.re_attention"):
+    with pytest.raises(DataError, match=r"set model\.re_attention"):
         plain.noise_levels = levels_of(model)
     with pytest.raises(DataError, match=f"3 rows; the model has {VOCABULARY}"):
         model.noise_levels = NoiseLevels(np.zeros(3, np.float32), {})
