@@ -21,7 +21,7 @@ from fedlm.data.batching import Batch
 from fedlm.example_dp.clip_rule import SLACK, ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.example_dp.language import LanguageTask
-from fedlm.example_dp.phantom import TrainedTables
+from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Task
 from fedlm.models.pretrained import PretrainedModel

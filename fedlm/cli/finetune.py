@@ -14,7 +14,7 @@ from fedlm.cli.progress import progress
 
 if TYPE_CHECKING:
     from fedlm.config import Config
-    from fedlm.example_dp.finetune import FinetuneSummary
+    from fedlm.finetuning.run import FinetuneSummary
 
 OutFolder = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: a new one under runs/.")
@@ -34,7 +34,7 @@ def finetune(
     then beside CONFIG.
     """
     settings = _with_files(read_config(config, overrides), config)
-    from fedlm.example_dp.finetune import finetune
+    from fedlm.finetuning.run import finetune
 
     with progress(quiet=quiet, json=json) as listener:
         summary = finetune(settings, out, listener)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.errors import ConfigError
-from fedlm.example_dp.phantom import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, TrainedTables
+from fedlm.example_dp.tables.phantom import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, TrainedTables
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Examples, Task
 from fedlm.losses.negatives import NoiseDistribution

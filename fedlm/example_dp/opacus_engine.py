@@ -1,7 +1,7 @@
 """Opacus' hooks (Yousefpour et al. 2021, arXiv 2109.12298) behind the same door: the reference to compare with.
 
 Exact where Opacus is; it holds the gradient of every example for every parameter at once, B times the trained model. It
-knows modules that `layers.py` refuses. What it does not know: tensors that are no parameters, so the tables of a
+knows modules that `modules/taps.py` refuses. What it does not know: tensors that are no parameters, so the tables of a
 `LanguageTask` are refused by name.
 
 Legend: B examples of a physical batch.

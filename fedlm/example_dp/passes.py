@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.layers import Watched, tapped
+from fedlm.example_dp.modules.taps import Watched, tapped
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import BatchT, Task
 

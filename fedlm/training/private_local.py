@@ -24,8 +24,8 @@ from fedlm.data.batching import Batch, sequences
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.device_budget import DeviceBudget
 from fedlm.example_dp.engine import PerExampleEngine
-from fedlm.example_dp.phantom import TrainedTables
 from fedlm.example_dp.plan import ExamplePlan, Phase
+from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Task
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable

@@ -241,6 +241,9 @@ def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: py
         "",
         "",
         "none",
+        4.0,
+        1e-5,
+        "a sequence of a device",
         10,
         10,
         None,
@@ -254,6 +257,7 @@ def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: py
     told = capsys.readouterr().out
     assert "30 of 100 sampled: dropout 20, memory 10" in told
     assert "0.5 virtual hours" in told
+    assert "epsilon 4 at delta 1e-5 for each sequence" in told
     _print_summary(replace(summary, lost_by_cause={}, virtual_hours=None), json=False)
     plain = capsys.readouterr().out
     assert "lost" not in plain
@@ -272,6 +276,9 @@ def test_a_summary_sets_the_realised_epsilon_beside_the_planned_one(capsys: pyte
         mechanism="blt",
         sampler="separated",
         privacy_statement="claim",
+        example_epsilon=None,
+        example_delta=None,
+        example_statement="",
         devices_per_second=1.0,
         seconds=1.0,
         lost_by_cause={},
@@ -283,6 +290,7 @@ def test_a_summary_sets_the_realised_epsilon_beside_the_planned_one(capsys: pyte
     assert "epsilon 2 planned, 1.51 realised, at delta 1e-6" in told  # bounds are rounded up
     assert "buffered linear Toeplitz" in told
     assert "a device rests" in told
+    assert "on the device" not in told
     _print_summary(replace(summary, sampler="poisson", epsilon_realised=2.0), json=False)
     assert "realised" not in capsys.readouterr().out
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
-from fedlm.example_dp.added_biases import add_biases
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.models.pretrained import PretrainedModel
 from fedlm.randomness import round_key
+from fedlm.trainable.added_biases import add_biases
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.parts import dense
 from fedlm.training.group import GroupTrainer

@@ -40,6 +40,9 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
+    def lengths(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.ones(len(indices), np.int64)
+
     def batch(self, indices: npt.NDArray[np.int64]) -> Pair:
         self.sizes.append(len(indices))
         return self.x[indices], self.y[indices]

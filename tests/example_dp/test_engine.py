@@ -12,11 +12,11 @@ from brute_force import Inputs, SimpleTask, assert_exact, one_by_one, task_of
 from torch import Tensor, nn
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.added_biases import add_biases
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.models.lstm import LstmModel
 from fedlm.models.transformer import TransformerModel
+from fedlm.trainable.added_biases import add_biases
 
 V, D = 23, 8
 RULE = ClipRule("flat", 0.1)

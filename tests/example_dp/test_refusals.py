@@ -30,6 +30,9 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
 
+    def lengths(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.ones(len(indices), np.int64)
+
     def batch(self, indices: npt.NDArray[np.int64]) -> Inputs:
         return {name: tensor[torch.from_numpy(indices)] for name, tensor in self._columns.items()}
 

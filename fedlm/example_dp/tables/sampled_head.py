@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, softplus
 
-from fedlm.example_dp.output_side import OutputSide, ScoredTokens, TrainedRows
+from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
 
 
 class SampledHead(OutputSide):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import SLACK, accepted
-from fedlm.example_dp.pieces import Piece
+from fedlm.example_dp.modules.pieces import Piece
 
 _ERROR_UNITS = 8.0  # measured: 3.5 at most, for tokens of very different lengths
 

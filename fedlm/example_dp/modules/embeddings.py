@@ -2,7 +2,7 @@
 
     |g_i|^2 = sum_r | sum_(t: id_(i,t) = r) dL_i/dy_(i,t) |^2
 
-Exact. Tables of a language model are not modules and belong to `phantom.py`.
+Exact. Tables of a language model are not modules and belong to `tables/phantom.py`.
 
 Legend: B examples, T tokens, V rows of the table, D width, P pairs.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.pieces import Piece
+from fedlm.example_dp.modules.pieces import Piece
 
 
 class RowsPiece(Piece):

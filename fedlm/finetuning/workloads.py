@@ -7,7 +7,7 @@ A workload holds one model. `task` says what trains in it: in the first of two p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic
@@ -23,16 +23,18 @@ from fedlm.data.examples import TextRows, read_rows
 from fedlm.data.prompts import read_language_examples
 from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
 from fedlm.errors import ConfigError
-from fedlm.example_dp import generation
-from fedlm.example_dp.classification import ClassificationTask, TextBatch, Texts, accuracy, check_labels
 from fedlm.example_dp.language import LanguageTask, Sequences
-from fedlm.example_dp.phantom import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
+from fedlm.example_dp.noise_tracker import NoiseTracker
+from fedlm.example_dp.tables.phantom import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.example_dp.task import BatchT, Examples, Task
 from fedlm.experiment import is_pretrained, starts_from_base
+from fedlm.finetuning import generation
+from fedlm.finetuning.classification import ClassificationTask, TextBatch, Texts, accuracy, check_labels
 from fedlm.models.base import LanguageModel
 from fedlm.models.encoders import Encoder, load_encoder
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
+from fedlm.models.transformer import TransformerModel
 from fedlm.models.weights import set_weights
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.adapters import save_adapter
@@ -86,6 +88,9 @@ class Workload(ABC, Generic[BatchT]):
     def bleu(self) -> float | None:
         """Return the BLEU of answers to held-out prompts; None where none was asked for."""
         return None
+
+    def note_noise(self, trained: Collection[str], noise_std: float, learning_rate: float) -> None:
+        """Be told of a step's noise in what trained; a model with Re-Attention corrects for it."""
 
     def save(self, folder: Path) -> None:
         """Write whatever trained in any phase."""
@@ -160,6 +165,7 @@ class LanguageWorkload(Workload[Batch]):
                 "with two columns of text, or set finetune.samples = 0"
             )
         self.model: LanguageModel = _language_model(self.config, source, self.vocabulary, listener)
+        self._tracker = _noise_tracker(self.model, self.config, self.vocabulary)
 
     def _read(self, path: str) -> tuple[Batch, TextRows | None]:
         settings = self.config.finetune
@@ -184,6 +190,25 @@ class LanguageWorkload(Workload[Batch]):
         if not settings.samples or self._test_rows is None:
             return None
         return generation.bleu(self.model, self.vocabulary, self._test_rows, settings.samples, settings.max_length)
+
+    def note_noise(self, trained: Collection[str], noise_std: float, learning_rate: float) -> None:
+        """Count a step's noise, if the model attends to it; see `Workload.note_noise`."""
+        if self._tracker is not None:
+            optimizer = self.config.finetune.optimizer
+            self._tracker.after_step(trained, noise_std=noise_std, learning_rate=learning_rate, optimizer=optimizer)
+
+
+def _noise_tracker(model: LanguageModel, config: Config, vocabulary: Vocabulary) -> NoiseTracker | None:
+    if not isinstance(model, TransformerModel) or not model.re_attention:
+        return None
+    settings = config.finetune
+    return NoiseTracker(
+        model,
+        vocabulary.frequencies,
+        num_tokens=settings.max_length,
+        batch_size=settings.batch_size,
+        kind=config.model.re_attention,
+    )
 
 
 def open_workload(config: Config, listener: Listener) -> Workload[Any]:

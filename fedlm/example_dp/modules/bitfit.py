@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.pieces import Piece
+from fedlm.example_dp.modules.pieces import Piece
 
 
 class BiasPiece(Piece):

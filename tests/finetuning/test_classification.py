@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from fedlm.config.load import load_config
 from fedlm.data.examples import TextRows
 from fedlm.errors import DataError
-from fedlm.example_dp.classification import ClassificationTask, Texts, accuracy, check_labels, logits
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.example_dp.tape import Tape
+from fedlm.finetuning.classification import ClassificationTask, Texts, accuracy, check_labels, logits
 from fedlm.models.encoders import Encoder, load_encoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.pieces import Piece
+from fedlm.example_dp.modules.pieces import Piece
 
 _PROBE_TOLERANCE = 1e-4  # relative; float32 rounding is a hundred times smaller
 

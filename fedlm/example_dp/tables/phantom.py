@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.output_side import OutputSide, ScoredTokens, TrainedRows
-from fedlm.example_dp.row_pairs import RowPairs
-from fedlm.example_dp.sampled_head import SampledHead
-from fedlm.example_dp.streamed_softmax import StreamedSoftmax
+from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
+from fedlm.example_dp.tables.row_pairs import RowPairs
+from fedlm.example_dp.tables.sampled_head import SampledHead
+from fedlm.example_dp.tables.streamed_softmax import StreamedSoftmax
 from fedlm.example_dp.tape import Contribution, Tape
 
 INPUT_TABLE, OUTPUT_TABLE, OUTPUT_BIAS = "input_table", "output_table", "output_bias"

@@ -15,9 +15,9 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.data.vocabulary import Vocabulary, vocabulary_from_words
 from fedlm.errors import ConfigError, DataError, Interrupted, OutputError
-from fedlm.example_dp.finetune import FinetuneSummary, finetune, make_plan
-from fedlm.example_dp.generation import bleu, greedy, perplexity
-from fedlm.example_dp.workloads import LanguageWorkload
+from fedlm.finetuning.generation import bleu, greedy, perplexity
+from fedlm.finetuning.run import FinetuneSummary, finetune, make_plan
+from fedlm.finetuning.workloads import LanguageWorkload
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model
 

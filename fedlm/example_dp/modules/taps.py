@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.bitfit import BiasPiece
-from fedlm.example_dp.gains import GainPiece, is_plain_rms_norm
-from fedlm.example_dp.matrix import MatrixPiece
-from fedlm.example_dp.pieces import Piece
-from fedlm.example_dp.rows import RowsPiece
+from fedlm.example_dp.modules.bitfit import BiasPiece
+from fedlm.example_dp.modules.embeddings import RowsPiece
+from fedlm.example_dp.modules.gains import GainPiece, is_plain_rms_norm
+from fedlm.example_dp.modules.matrix import MatrixPiece
+from fedlm.example_dp.modules.pieces import Piece
 from fedlm.example_dp.tape import Tape
 from fedlm.models.layers import Positions
 

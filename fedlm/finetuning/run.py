@@ -21,9 +21,9 @@ from fedlm.config.paths import with_absolute_paths
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError, Interrupted
 from fedlm.example_dp.plan import ExamplePlan
-from fedlm.example_dp.run_files import FinetuneFolder, require_free
 from fedlm.example_dp.trainer import DpTrainer, StepReport
-from fedlm.example_dp.workloads import Workload, open_workload
+from fedlm.finetuning.run_files import FinetuneFolder, require_free
+from fedlm.finetuning.workloads import Workload, open_workload
 
 Listener = Callable[[dict[str, object]], None]
 _EPSILON_SHARE = 0.05  # of the time at most, to tell epsilon meanwhile: a composition takes seconds
@@ -175,7 +175,9 @@ def _train(workload: Workload[Any], plan: ExamplePlan, progress: _Progress) -> l
             phase=phase,
         )
         progress.phase(phase)
-        trainer.train(progress.stepped)
+        for _ in range(trainer.steps_left):
+            progress.stepped(trainer.step())
+            workload.note_noise(task.trained, plan.noise_std(plan.phase_steps(phase)[0]), rate)
         trained = list(task.trained.values())
     return trained
 

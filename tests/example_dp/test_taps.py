@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import SLACK
-from fedlm.example_dp.matrix import MatrixPiece, ghost_norms
+from fedlm.example_dp.modules.matrix import MatrixPiece, ghost_norms
 from fedlm.models.layers import Positions
 
 WIDE = 40

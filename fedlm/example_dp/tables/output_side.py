@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlm.example_dp.row_pairs import RowPairs
+from fedlm.example_dp.tables.row_pairs import RowPairs
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from fedlm.example_dp.output_side import OutputSide, ScoredTokens, TrainedRows
+from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
 
 _HEADROOM = 20.0
 """How far a score may lie above the one that exponentials are relative to: exp(2 * 20) is far from float32's end."""
