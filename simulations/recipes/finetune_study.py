@@ -41,18 +41,18 @@ _BIASES = ("trainable.bias=true", "trainable.lora.rank=0")
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "sst2": {
         "full": (*_ALL, "finetune.learning_rate=5e-4"),
-        "lora": (*_LORA, "finetune.learning_rate=3e-3"),
+        "lora": (*_LORA, "finetune.learning_rate=5e-3"),
         "bitfit": (*_BIASES, "finetune.learning_rate=1e-2"),
     },
     "e2e": {
         "full": (*_ALL, "finetune.learning_rate=1e-3"),
-        "lora": (*_LORA, "finetune.learning_rate=3e-3"),
+        "lora": (*_LORA, "finetune.learning_rate=5e-3"),
         "bitfit": (*_BIASES, "finetune.learning_rate=1e-2"),
     },
 }
-# Scaled down to what two cores do in an hour: 50 steps of 256 of 67,349 texts, 49 of 256 of 42,061 descriptions.
+# Scaled down to what two cores do in an hour: 36 steps of 256 of 67,349 texts, 49 of 256 of 42,061 descriptions.
 SIZES: dict[str, tuple[str, ...]] = {
-    "sst2": ("finetune.epochs=0.19", "finetune.batch_size=256"),
+    "sst2": ("finetune.epochs=0.137", "finetune.batch_size=256"),
     "e2e": (
         "finetune.epochs=0.3",
         "finetune.batch_size=256",
