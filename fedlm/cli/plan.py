@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fedlm.privacy.terms import PrivacyTerms
 
 _SHOWN_SETTINGS = 24
+_OF_PLAIN_SGD = (
+    "memory, time and the settings that fit are of plain SGD; local.example_dp also holds the gradients of single "
+    "examples, so devices need more"
+)
 
 
 def plan(
@@ -92,6 +96,7 @@ def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device, max_n
         "time": asdict(round_time(cost, device, moved, int(np.median(num_tokens)), terms)),
         "device": asdict(device),
         "max_noise_to_signal": max_noise,
+        "notes": [_OF_PLAIN_SGD] if config.local.example_dp.enabled else [],
         "settings": [asdict(setting) for setting in grid],
     }
 
@@ -133,6 +138,8 @@ def _show(found: dict[str, Any]) -> None:
     )
     _show_memory(found)
     _show_settings(found["settings"])
+    for note in found["notes"]:
+        print(f"\nnote: {note}")
 
 
 def _show_memory(found: dict[str, Any]) -> None:

@@ -144,6 +144,11 @@ def _trainable(config: Config) -> Iterator[str]:
             "nothing trains: set trainable.lora.rank or trainable.embedding_rows.count above 0, "
             "trainable.bias = true, or trainable.dense = ['*']"
         )
+    if trainable.added_biases and not (trainable.bias or trainable.dense):
+        yield (
+            "trainable.added_biases = true adds biases that nothing trains; set trainable.bias = true, "
+            "or trainable.added_biases = false"
+        )
     if rank and not targets:
         yield f"trainable.lora.rank = {rank} has no trainable.lora.targets; name some, or set rank 0"
     for target in targets if rank and model in _BUILT_IN_MODELS else ():

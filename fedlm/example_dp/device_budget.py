@@ -9,6 +9,9 @@ Guarantee:
     Poisson-sampled Gaussian mechanism with the public rate q, and its sum is divided by a public number, so that not
     even the amount of text shows. The row set, negatives and the model that the device starts from do not depend on its
     data but through releases. A device whose rounds are spent stays away.
+    The server is honest but curious: it counts the rounds, and asks again for an update that a lost worker or a restart
+    took away. Sample and noise are then new, so a server that saw the first update too has seen one round more.
+    Time: how long a device takes tells of its text.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class DeviceBudget:
         max_rounds: That a device takes part in.
         delta: Of the guarantee.
         clip_norm: C of one sequence's gradient.
+        reproducible: Sample and noise follow from the seed, for debugging: NOT PRIVATE.
     """
 
     sampling_rate: float
@@ -41,6 +45,14 @@ class DeviceBudget:
     max_rounds: int
     delta: float
     clip_norm: float
+    reproducible: bool = False
+
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """The warnings that belong beside the statement."""
+        if not self.reproducible:
+            return ()
+        return ("NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise",)
 
     def epsilon(self, num_rounds: int) -> float:
         """Return what a device's sequence has spent after `num_rounds` rounds of that device."""
@@ -57,10 +69,12 @@ class DeviceBudget:
         return (
             f"Example-level differential privacy on each device with epsilon "
             f"{rounded_up(self.epsilon(self.max_rounds))} at delta {self.delta:g} (unit: one training sequence of one "
-            f"device; adjacency: add or remove one sequence), also against the server, for at most {self.max_rounds:,} "
-            f"rounds of a device: {self.steps} steps a round, Poisson sampling of its sequences at q = "
-            f"{self.sampling_rate:g}, noise multiplier z = {self.noise_multiplier:.4g}, clip norm C = "
+            f"device; adjacency: add or remove one sequence), also against a server that keeps to the protocol, for at "
+            f"most {self.max_rounds:,} rounds of a device, each tried once: {self.steps} steps a round, Poisson "
+            f"sampling of its sequences at q = {self.sampling_rate:g}, noise multiplier z = "
+            f"{self.noise_multiplier:.4g}, clip norm C = "
             f"{self.clip_norm:g}, PLD accounting. One round costs epsilon {rounded_up(self.epsilon(1))}."
+            + "".join(f" {stamp}." for stamp in self.stamps)
         )
 
     def figures(self) -> dict[str, object]:
@@ -76,6 +90,7 @@ class DeviceBudget:
             "steps": self.steps,
             "max_rounds": self.max_rounds,
             "statement": self.statement,
+            "stamps": list(self.stamps),
         }
 
 
@@ -96,7 +111,9 @@ def device_budget(config: Config) -> DeviceBudget | None:
         epsilon=local.epsilon,
         delta=local.delta,
     )
-    budget = DeviceBudget(local.sampling_rate, z, local.steps, max_rounds, local.delta, local.clip_norm)
+    budget = DeviceBudget(
+        local.sampling_rate, z, local.steps, max_rounds, local.delta, local.clip_norm, config.privacy.reproducible_noise
+    )
     spent = budget.epsilon(max_rounds)
     if local.epsilon and spent > local.epsilon * (1 + 1e-4):  # the accountant's fourth digit
         raise BudgetExceededError(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedlm.example_dp.clip_rule import ClipRule
+from fedlm.example_dp.modules.taps import Taps
 from fedlm.example_dp.passes import differentiate, total_norms
-from fedlm.example_dp.refusals import refuse_batch_statistics, watched_modules
+from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics, watched_modules
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import BatchT, Task
 
@@ -65,8 +66,9 @@ class PerExampleEngine(Generic[BatchT]):
 
     def __init__(self, task: Task[BatchT]) -> None:
         self._task = task
-        self._watched = watched_modules(task.model, task.trained)
-        refuse_batch_statistics(task.model)
+        self._taps = Taps(task.model, watched_modules(task.model, task.trained))
+        self._batch_norms = batch_norms(task.model)
+        refuse_batch_statistics(self._batch_norms)
 
     def clipped(self, batch: BatchT, rule: ClipRule) -> ClippedGradients:
         """Return the clipped sums of one physical batch.
@@ -75,8 +77,8 @@ class PerExampleEngine(Generic[BatchT]):
             ConfigError: A module that was called with another first dimension than the examples'; losses of another
                 shape than (B,); batch statistics.
         """
-        refuse_batch_statistics(self._task.model)
-        tape, losses = differentiate(self._task, batch, self._watched)
+        refuse_batch_statistics(self._batch_norms)
+        tape, losses = differentiate(self._task, batch, self._taps)
         norms = total_norms(tape)  # (B,)
         sums = _weighted_sums(tape, rule.factors(norms).to(losses), self._task.trained)
         return ClippedGradients.of(sums, norms, losses, rule)

@@ -17,13 +17,13 @@ from torch import Tensor
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.errors import ConfigError
-from fedlm.example_dp.tables.phantom import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, TrainedTables
+from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Examples, Task
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
 from fedlm.randomness import stream
-from fedlm.trainable.build import Trainable
+from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 
 
 class LanguageTask(Task[Batch]):

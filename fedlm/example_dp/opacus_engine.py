@@ -21,7 +21,7 @@ from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule, accepted
 from fedlm.example_dp.engine import ClippedGradients
 from fedlm.example_dp.passes import checked_losses
-from fedlm.example_dp.refusals import refuse_batch_statistics
+from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import BatchT, Task
 
@@ -45,7 +45,8 @@ class OpacusEngine(Generic[BatchT]):
             )
         self._task = task
         self._trained: dict[str, nn.Parameter] = {name: parameters[id(tensor)] for name, tensor in task.trained.items()}
-        refuse_batch_statistics(task.model)
+        self._batch_norms = batch_norms(task.model)
+        refuse_batch_statistics(self._batch_norms)
         _refuse_batch_norms(task.model, self._trained)
 
     def clipped(self, batch: BatchT, rule: ClipRule) -> ClippedGradients:
@@ -55,7 +56,7 @@ class OpacusEngine(Generic[BatchT]):
             ConfigError: Losses of another shape than (B,), or a parameter for which Opacus finds another number of
                 gradients than examples (position ids of shape (1, T)); it names the parameter.
         """
-        refuse_batch_statistics(self._task.model)
+        refuse_batch_statistics(self._batch_norms)
         B = self._task.num_examples(batch)
         with torch.enable_grad(), _hooked(self._task.model, self._trained):
             losses = checked_losses(self._task.losses(batch, Tape(B)), B)
@@ -91,7 +92,8 @@ def _per_example(name: str, parameter: nn.Parameter, B: int) -> Tensor:
 def _clip(gradients: Mapping[str, Tensor], losses: Tensor, rule: ClipRule) -> ClippedGradients:
     squares = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)  # (B,)
     for gradient in gradients.values():
-        squares += torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square()
+        # In float32 a norm of millions of numbers alike is off by more than the clip rule's slack.
+        squares += torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
     norms = squares.sqrt().cpu()
     factors = rule.factors(norms).to(losses)
     sums = {}

@@ -5,35 +5,31 @@ Legend: B examples of a physical batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.modules.taps import Watched, tapped
+from fedlm.example_dp.modules.taps import Taps
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import BatchT, Task
 
 
-def differentiate(
-    task: Task[BatchT], batch: BatchT, watched: Sequence[Watched], *, only: int | None = None
-) -> tuple[Tape, Tensor]:
+def differentiate(task: Task[BatchT], batch: BatchT, taps: Taps, *, only: int | None = None) -> tuple[Tape, Tensor]:
     """Return the tape, complete, and the losses (B,), detached.
 
-    The backward pass goes down to the lowest tap and computes nothing else: no parameter gets a `grad`.
+    The backward pass goes down to the lowest tap and computes nothing else: no parameter of the model gets a `grad`.
 
     Arguments:
         task: What to run.
         batch: Of B examples.
-        watched: The modules to tap.
+        taps: Of the task's model.
         only: Differentiate the loss of this example alone.
 
     Raises:
         ConfigError: The task does not give one loss for each example.
     """
     tape = Tape(task.num_examples(batch))
-    with torch.enable_grad(), tapped(task.model, watched, tape):
+    with torch.enable_grad(), taps.on(tape):
         losses = checked_losses(task.losses(batch, tape), tape.num_examples)
         if losses.requires_grad:
             weights = torch.ones_like(losses)  # (B,)

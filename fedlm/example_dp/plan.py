@@ -35,7 +35,10 @@ from fedlm.privacy.composition import Event, composed_epsilon
 from fedlm.privacy.fixed_point import CAPACITY, UNITS
 from fedlm.privacy.noise import MAX_STD, NoiseStream, Uncopied
 from fedlm.privacy.ranges import require_count, require_number
+from fedlm.rounding import rounded_up
 
+_COINS = 2.0**53  # values of a coin: a uniform double is a multiple of 2^-53
+_CLIP_NORMS = (1e-9, 1e9)  # float32 squares gradients of that size without underflow or overflow
 _LARGEST_BATCH = CAPACITY // 2  # expected; what is sampled beyond CAPACITY would not fit the lattice
 
 
@@ -120,6 +123,9 @@ class ExamplePlan(Uncopied):
         require_number("divisor", self.divisor, low=0)
         require_number("example_dp.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
         require_number("example_dp.epsilon", self.epsilon_target, low=0)
+        if self.is_private:
+            low, high = _CLIP_NORMS
+            require_number("example_dp.clip_norm", self.rule.clip_norm, low=low, high=high)
         if any((phase.noise_multiplier > 0) != self.is_private for phase in self.phases):
             raise ConfigError(
                 f"clip norm {self.rule.clip_norm:g} and noise multipliers "
@@ -233,7 +239,8 @@ class ExamplePlan(Uncopied):
         """
         self._check_step(step)
         generator = np.random.Generator(AESCounter(key=self._keys.sampling(step)))
-        return np.flatnonzero(generator.random(self.num_examples) < self.sampling_probability)
+        q = math.floor(self.sampling_probability * _COINS) / _COINS  # rounded down: never above what is accounted for
+        return np.flatnonzero(generator.random(self.num_examples) < q)
 
     def step_secret(self, step: int) -> bytes:
         """Return the 32 bytes that a task's own draws in a step follow from (`Task.begin_step`)."""
@@ -289,8 +296,8 @@ class ExamplePlan(Uncopied):
         if spent > self.epsilon_target * (1 + 1e-4):
             raise BudgetExceededError(
                 f"noise multiplier {self.phases[0].noise_multiplier:.4g} over {self.num_steps:,} steps costs epsilon "
-                f"{spent:.4g}, allowed is {self.epsilon_target:.4g}; set example_dp.noise_multiplier = 0 to calibrate "
-                "it, or example_dp.epsilon = 0 to accept the cost"
+                f"{rounded_up(spent)}, allowed is {self.epsilon_target:.4g}; set example_dp.noise_multiplier = 0 to "
+                "calibrate it, or example_dp.epsilon = 0 to accept the cost"
             )
 
 

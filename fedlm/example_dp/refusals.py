@@ -40,14 +40,19 @@ def watched_modules(model: nn.Module, trained: Mapping[str, Tensor]) -> list[Wat
     return watched
 
 
-def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuse a model in which one example's activations depend on the others'; asked before every pass.
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the model's BatchNorms by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def refuse_batch_statistics(batch_norms: Mapping[str, _BatchNorm]) -> None:
+    """Refuse modules through which one example's activations depend on the others'; asked before every pass.
 
     Raises:
-        ConfigError: A BatchNorm in training mode.
+        ConfigError: A BatchNorm in training mode, or without frozen statistics.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+    for path, module in batch_norms.items():
+        if module.training or not module.track_running_stats:
             raise ConfigError(
                 f"module '{path}' ({type(module).__name__}) mixes the examples of a batch; call its eval() with frozen "
                 "statistics, or use GroupNorm or LayerNorm"

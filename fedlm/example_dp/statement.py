@@ -43,7 +43,7 @@ def statement(plan: ExamplePlan) -> str:
     )
     secret = (
         "It holds against those who see every step's noised gradient and the model, and who know how many examples "
-        "there are; samples and non-private metrics must stay secret."
+        "there are; samples, times and non-private metrics must stay secret."
     )
     return " ".join([guarantee, secret, *(f"{stamp}." for stamp in stamps(plan))])
 

@@ -1,6 +1,7 @@
 """`fedlm finetune`: one model, one machine, private examples; a plan, a trainer for each phase, and a run folder.
 
-The held-out examples are not protected: their scores are printed as they are. Nor is the number of training examples.
+The held-out examples are not protected: their scores are printed as they are. Nor is the number of training examples,
+their largest class, or what time and memory tell of the samples.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.trainer import DpTrainer, StepReport
 from fedlm.finetuning.run_files import FinetuneFolder, require_free
 from fedlm.finetuning.workloads import Workload, open_workload
+from fedlm.rounding import rounded_up
 
 Listener = Callable[[dict[str, object]], None]
 _EPSILON_SHARE = 0.05  # of the time at most, to tell epsilon meanwhile: a composition takes seconds
@@ -37,7 +39,7 @@ class FinetuneSummary:
     Arguments:
         run_dir: The run folder.
         task: "language_model" or "classification".
-        num_examples: n, private.
+        num_examples: n; counts as public.
         steps: Of all phases.
         accuracy_initial, accuracy: Of held-out texts, before and after; classification.
         perplexity_initial, perplexity: Of held-out targets, before and after; language models.
@@ -49,8 +51,8 @@ class FinetuneSummary:
         stamps: What must stand beside it.
         num_trained: Trained parameters of the last phase.
         update_bytes: Their size: what a release has to carry.
-        peak_mb: Largest resident memory of the process so far, in MB.
-        seconds: Of the whole run; `seconds_per_step`: of its steps alone.
+        peak_mb: Largest resident memory of the process so far, in MB; follows from the samples, so not private.
+        seconds: Of the whole run; `seconds_per_step`: of its steps alone. Not private either.
     """
 
     run_dir: str
@@ -234,7 +236,7 @@ class _Progress:
         if not self._done:
             return "interrupted before the first step; nothing was released"
         epsilon = self._plan.epsilon(self._done)
-        spent = f"; epsilon {epsilon:.3g} was spent on them" if math.isfinite(epsilon) else ""
+        spent = f"; epsilon {rounded_up(epsilon)} was spent on them" if math.isfinite(epsilon) else ""
         return (
             f"interrupted after step {self._done} of {self._plan.num_steps}; there is no checkpoint, the trained "
             f"weights are lost{spent}. {self._folder.path} keeps the metrics"

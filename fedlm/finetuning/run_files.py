@@ -2,7 +2,7 @@
 
     config.toml           the resolved experiment
     plan.json             the guarantee as planned, written before the first step
-    metrics.jsonl         a line now and then; fields named non_private_* are not covered by the guarantee
+    metrics.jsonl         a line now and then; fields named non_private_* and seconds are not covered by the guarantee
     summary.json          the figures of the finished run
     weights/
         adapter/          LoRA: a peft adapter folder

@@ -25,7 +25,6 @@ from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_t
 from fedlm.errors import ConfigError
 from fedlm.example_dp.language import LanguageTask, Sequences
 from fedlm.example_dp.noise_tracker import NoiseTracker
-from fedlm.example_dp.tables.phantom import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.example_dp.task import BatchT, Examples, Task
 from fedlm.experiment import is_pretrained, starts_from_base
 from fedlm.finetuning import generation
@@ -38,7 +37,7 @@ from fedlm.models.transformer import TransformerModel
 from fedlm.models.weights import set_weights
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.adapters import save_adapter
-from fedlm.trainable.build import build_trainable
+from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, build_trainable
 from fedlm.training.base import has_base, load_base
 from fedlm.training.pretrain import pretrain
 

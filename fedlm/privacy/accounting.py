@@ -24,23 +24,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 from fedlm.errors import ConfigError
+from fedlm.privacy.loss_grid import (
+    COARSE,
+    FFT_DELTA,
+    FINE,
+    SMALLEST_Z,
+    Cut,
+    checked_delta,
+    checked_sampling,
+    loss_grid,
+    one_round,
+    unsampled_epsilon,
+)
+from fedlm.privacy.loss_grid import MIN_DELTA as MIN_DELTA
 from fedlm.privacy.ranges import require_count, require_number
 
-MIN_DELTA = 1e-12
-
-_FFT_DELTA = 1e-16
-_FINE = 20_000
-_COARSE = 4_000
-# Composed losses lie on about 6 times as many points as one round's, enough for four digits of epsilon.
-_COMPOSED = 6
-_SMALLEST_Z, _LARGEST_Z = 1e-3, 1e6
+_LARGEST_Z = 1e6
 _NEVER = 1e-30
-
-Cut = tuple[int, int] | None
-"""Population and cap of truncated Poisson sampling; None: no cap."""
 
 
 def epsilon(*, sampling_probability: float, noise_multiplier: float, rounds: int, delta: float) -> float:
@@ -58,9 +60,9 @@ def epsilon(*, sampling_probability: float, noise_multiplier: float, rounds: int
     Raises:
         ConfigError: An argument out of range.
     """
-    q, delta = _sampling(sampling_probability), _delta(delta)
+    q, delta = checked_sampling(sampling_probability), checked_delta(delta)
     z = require_number("noise_multiplier", noise_multiplier, above=0, fix="no noise means no privacy")
-    return _epsilon(q, z, require_count("rounds", rounds), delta, _FINE)
+    return _epsilon(q, z, require_count("rounds", rounds), delta, FINE)
 
 
 def noise_multiplier(*, sampling_probability: float, rounds: int, epsilon: float, delta: float) -> float:
@@ -75,7 +77,7 @@ def noise_multiplier(*, sampling_probability: float, rounds: int, epsilon: float
     Raises:
         ConfigError: An argument out of range, or no multiplier between 0.001 and 1,000,000 meets the target.
     """
-    q, delta = _sampling(sampling_probability), _delta(delta)
+    q, delta = checked_sampling(sampling_probability), checked_delta(delta)
     target = require_number("epsilon", epsilon, above=0)
     return _calibrate(q, require_count("rounds", rounds, low=1), target, delta)
 
@@ -103,9 +105,9 @@ def truncated_epsilon(
     Raises:
         ConfigError: An argument out of range.
     """
-    q, delta = _truncated(population, cohort, cap), _delta(delta)
+    q, delta = _truncated(population, cohort, cap), checked_delta(delta)
     z = require_number("noise_multiplier", noise_multiplier, above=0, fix="no noise means no privacy")
-    return _epsilon(q, z, require_count("rounds", rounds), delta, _FINE, _cut(population, cap))
+    return _epsilon(q, z, require_count("rounds", rounds), delta, FINE, _cut(population, cap))
 
 
 def truncated_noise_multiplier(
@@ -121,7 +123,7 @@ def truncated_noise_multiplier(
     Raises:
         ConfigError: An argument out of range, or no multiplier between 0.001 and 1,000,000 meets the target.
     """
-    q, delta = _truncated(population, cohort, cap), _delta(delta)
+    q, delta = _truncated(population, cohort, cap), checked_delta(delta)
     target = require_number("epsilon", epsilon, above=0)
     return _calibrate(q, require_count("rounds", rounds, low=1), target, delta, _cut(population, cap))
 
@@ -136,24 +138,24 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     Source:
         Balle and Wang 2018, theorem 8.
     """
-    mu, delta = require_number("mu", mu, low=0), _delta(delta)
-    return _gaussian_epsilon(mu, delta) if mu else 0.0
+    mu, delta = require_number("mu", mu, low=0), checked_delta(delta)
+    return unsampled_epsilon(mu, delta) if mu else 0.0
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """Return the largest mu whose `gaussian_epsilon` is at most `epsilon` (from below, within 1e-8)."""
-    target, delta = require_number("epsilon", epsilon, above=0), _delta(delta)
+    target, delta = require_number("epsilon", epsilon, above=0), checked_delta(delta)
     return _gaussian_mu(target, delta)
 
 
 @lru_cache(maxsize=256)
 def _gaussian_mu(target: float, delta: float) -> float:
     low, high = 0.0, 1.0
-    while _gaussian_epsilon(high, delta) <= target:
+    while unsampled_epsilon(high, delta) <= target:
         low, high = high, high * 2
     while high - low > 1e-10 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if _gaussian_epsilon(middle, delta) <= target else (low, middle)
+        low, high = (middle, high) if unsampled_epsilon(middle, delta) <= target else (low, middle)
     # What is divided by mu and multiplied again must not come out above the target.
     return low * (1 - 1e-9)
 
@@ -170,24 +172,16 @@ def _cut(population: int, cap: int) -> Cut:
     return (population, cap) if cap < population else None
 
 
-def _sampling(value: float) -> float:
-    return require_number("sampling_probability", value, above=0, high=1, fix="it is cohort / population")
-
-
-def _delta(value: float) -> float:
-    return require_number("delta", value, low=MIN_DELTA, below=1, fix="choose at most 1 / population")
-
-
 @lru_cache(maxsize=8192)
 def _epsilon(q: float, z: float, rounds: int, delta: float, points: int, cut: Cut = None) -> float:
     if rounds == 0:
         return 0.0
     if cut is not None and rounds * _reach(q, cut) < _NEVER:
         cut = None
-    unsampled = _gaussian_epsilon((1 if cut is None else 2) * math.sqrt(rounds) / z, delta)
+    unsampled = unsampled_epsilon((1 if cut is None else 2) * math.sqrt(rounds) / z, delta)
     if cut is not None:
-        return unsampled if z < _SMALLEST_Z else min(unsampled, _sampled_epsilon(q, z, rounds, delta, points, cut))
-    if q == 1.0 or z < _SMALLEST_Z:
+        return unsampled if z < SMALLEST_Z else min(unsampled, _sampled_epsilon(q, z, rounds, delta, points, cut))
+    if q == 1.0 or z < SMALLEST_Z:
         return unsampled
     return min(unsampled, _sampled_epsilon(q, z, rounds, delta, points))
 
@@ -202,72 +196,12 @@ def _reach(q: float, cut: tuple[int, int]) -> float:
 
 def _sampled_epsilon(q: float, z: float, rounds: int, delta: float, points: int, cut: Cut = None) -> float:
     """Return epsilon by composing loss distributions; infinity where delta drowns in the FFT's rounding."""
-    resolved = delta - _FFT_DELTA * (rounds + 100)
+    resolved = delta - FFT_DELTA * (rounds + 100)
     if resolved <= 0:
         return math.inf
     # With a cap, one round's losses reach as far as those of sensitivity 2.
-    losses = _one_round(q, z, _grid(q, z if cut is None else z / 2, rounds, points), cut)
+    losses = one_round(q, z, loss_grid(q, z if cut is None else z / 2, rounds, points), cut)
     return float(losses.self_compose(rounds).get_epsilon_for_delta(resolved))
-
-
-def _grid(q: float, z: float, rounds: int, points: int) -> float:
-    """Return the spacing of the loss grid: about `points` points for the losses of one round."""
-    largest = (1 + 20 * z) / (2 * z * z)  # loss without sampling at ten standard deviations
-    one_round = largest + math.log(q) if largest > 600 else math.log1p(q * math.expm1(largest))
-    # Standard deviation of one round's loss: about the first for large z; at most the second for any.
-    spread = min(q * math.sqrt(math.expm1(min(1 / z**2, 700))), 1 / z + math.sqrt(q) / (2 * z * z))
-    composed = 14 * math.sqrt(rounds) * spread
-    # A power of two, so that neighbouring numbers of rounds share one cached distribution.
-    return float(2.0 ** math.floor(math.log2(max(one_round, 1e-9, composed / _COMPOSED) / points)))
-
-
-@lru_cache(maxsize=32)
-def _one_round(q: float, z: float, spacing: float, cut: Cut = None) -> Any:
-    """Return dp-accounting's loss distribution of one round; imported here, for it takes seconds to load."""
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    if cut is not None:
-        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
-            dataset_size=cut[0],
-            sampling_probability=q,
-            truncated_batch_size=cut[1],
-            noise_multiplier=z,
-            value_discretization_interval=spacing,
-            neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-        )
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=z,
-        value_discretization_interval=spacing,
-        sampling_prob=q,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-    )
-
-
-def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return epsilon of the unsampled Gaussian with sensitivity / standard deviation = mu.
-
-    delta(eps) = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); without the second term it is larger, so the
-    root of the first term alone is an upper bound, which is also all that fp64 can resolve for large mu.
-    """
-    from scipy.special import log_ndtr, ndtri
-
-    high = max(0.0, mu * (mu / 2 - float(ndtri(delta))))
-    if mu > 100:
-        return high * (1 + 1e-12)
-
-    def too_small(value: float) -> bool:
-        first = float(log_ndtr(mu / 2 - value / mu))
-        ratio = value + float(log_ndtr(-mu / 2 - value / mu)) - first
-        return first + math.log(-math.expm1(min(ratio, -1e-300))) > math.log(delta)
-
-    if not too_small(0.0):
-        return 0.0
-    low = 0.0
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if too_small(middle) else (low, middle)
-    return high
 
 
 @lru_cache(maxsize=256)
@@ -275,9 +209,9 @@ def _calibrate(q: float, rounds: int, target: float, delta: float, cut: Cut = No
     def spent(points: int) -> Callable[[float], float]:
         return lambda z: _epsilon(q, z, rounds, delta, points, cut)
 
-    low, high = _bracket(spent(_COARSE), target)
-    guess = _narrow(spent(_COARSE), target, low, high)
-    fine = spent(_FINE)
+    low, high = _bracket(spent(COARSE), target)
+    guess = _narrow(spent(COARSE), target, low, high)
+    fine = spent(FINE)
     low, high = guess / 1.01, guess * 1.001
     while fine(high) > target:
         low, high = high, high * 1.01
@@ -295,7 +229,7 @@ def _bracket(spent: Callable[[float], float], target: float) -> tuple[float, flo
             raise ConfigError(f"epsilon = {target} needs a noise multiplier over {_LARGEST_Z:,.0f}; raise epsilon")
     while spent(low) <= target:
         low, high = low / 2, low
-        if low < _SMALLEST_Z:
+        if low < SMALLEST_Z:
             raise ConfigError(
                 f"epsilon = {target} is met almost without noise; lower epsilon or delta to mean something"
             )

@@ -20,17 +20,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
-from fedlm.privacy.accounting import (
-    _FFT_DELTA,
-    _FINE,
-    _SMALLEST_Z,
-    _delta,
-    _gaussian_epsilon,
-    _grid,
-    _one_round,
-    _sampling,
-)
 from fedlm.privacy.accounting import epsilon as epsilon_of_one
+from fedlm.privacy.loss_grid import (
+    FFT_DELTA,
+    FINE,
+    SMALLEST_Z,
+    checked_delta,
+    checked_sampling,
+    loss_grid,
+    one_round,
+    unsampled_epsilon,
+)
 from fedlm.privacy.ranges import require_count, require_number
 
 # Releases without sampling that lose this much leave nothing for the others to save (epsilon above 450).
@@ -56,7 +56,7 @@ class Event:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        _sampling(self.sampling_probability)
+        checked_sampling(self.sampling_probability)
         require_number("noise_multiplier", self.noise_multiplier, above=0, fix="no noise means no privacy")
         require_count("rounds", self.rounds)
 
@@ -77,7 +77,7 @@ def composed_epsilon(events: Iterable[Event], delta: float) -> float:
     Raises:
         ConfigError: delta out of range.
     """
-    delta = _delta(delta)
+    delta = checked_delta(delta)
     merged = _merged(events)
     if not merged:
         return 0.0
@@ -85,7 +85,7 @@ def composed_epsilon(events: Iterable[Event], delta: float) -> float:
         ((q, z), rounds), *_ = merged.items()
         return epsilon_of_one(sampling_probability=q, noise_multiplier=z, rounds=rounds, delta=delta)
     mu = math.sqrt(sum(rounds / z**2 for (_, z), rounds in merged.items()))
-    unsampled = _gaussian_epsilon(mu, delta)
+    unsampled = unsampled_epsilon(mu, delta)
     hopeless = any(q == 1.0 and z < _HOPELESS_Z for q, z in merged)
     return unsampled if hopeless else min(unsampled, _sampled_epsilon(merged, delta))
 
@@ -96,7 +96,7 @@ def _merged(events: Iterable[Event]) -> dict[tuple[float, float], int]:
     inverse_square = 0.0
     for event in events:
         q, z = event.sampling_probability, event.noise_multiplier
-        if q == 1.0 or z < _SMALLEST_Z:
+        if q == 1.0 or z < SMALLEST_Z:
             inverse_square += event.rounds / z**2
         elif event.rounds:
             merged[q, z] = merged.get((q, z), 0) + event.rounds
@@ -107,12 +107,12 @@ def _merged(events: Iterable[Event]) -> dict[tuple[float, float], int]:
 
 def _sampled_epsilon(merged: dict[tuple[float, float], int], delta: float) -> float:
     """Return epsilon by composing loss distributions; infinity where delta drowns in the FFT's rounding."""
-    resolved = delta - _FFT_DELTA * (sum(merged.values()) + 200 * len(merged))
+    resolved = delta - FFT_DELTA * (sum(merged.values()) + 200 * len(merged))
     if resolved <= 0:
         return math.inf
     # The coarsest of the grids would do for the largest losses, the finest is what the smallest need; between events
     # that differ by more than 2^4 the small ones pay for the others' reach with a coarser, still pessimistic, grid.
-    grids = [_grid(q, z, rounds, _FINE) for (q, z), rounds in merged.items()]
+    grids = [loss_grid(q, z, rounds, FINE) for (q, z), rounds in merged.items()]
     spacing = max(min(grids), max(grids) / 2**4)
-    parts = [_one_round(q, z, spacing).self_compose(rounds) for (q, z), rounds in merged.items()]
+    parts = [one_round(q, z, spacing).self_compose(rounds) for (q, z), rounds in merged.items()]
     return float(reduce(lambda left, right: left.compose(right), parts).get_epsilon_for_delta(resolved))

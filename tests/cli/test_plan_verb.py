@@ -21,6 +21,10 @@ from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set
 from server.payload import DownloadMeter
 
+EXAMPLE_DP = [
+    "local.example_dp.enabled=true", "local.example_dp.noise_multiplier=1", "privacy.non_private_diagnostics=false",
+    "privacy.metrics=[]",
+]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = [
     "data.corpus=synthetic", "synthetic.users=60", "synthetic.tokens_per_user=90", "synthetic.classes=20",
@@ -116,6 +120,13 @@ def test_people_get_tables(cache: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for word in ("noise-to-signal", "rows received", "median user", "asked"):
         assert word in done.stdout
+    assert "note:" not in done.stdout
+
+
+def test_a_forecast_says_that_it_is_not_of_example_level_dp(cache: Path) -> None:
+    done = plan(cache, *(word for override in EXAMPLE_DP for word in ("--set", override)))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "of plain SGD; local.example_dp" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

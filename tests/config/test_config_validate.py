@@ -106,6 +106,8 @@ CASES = [
         "maps of their words",
         ["trainable.embedding_rows.sampler=power"],
     ),
+    (["trainable.added_biases=true"], "adds biases that nothing trains", ["trainable.bias=true"]),
+    (["trainable.added_biases=true"], "or trainable.added_biases = false", ["trainable.dense=['*']"]),
 ]
 
 

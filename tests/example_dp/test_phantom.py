@@ -222,7 +222,9 @@ def test_float32_norms_hold_for_confident_predictions(width: int, logit: float) 
         rows = tables.look_up(tape, targets.roll(1, 1), mask)
         tables.full_softmax(tape, hidden.to(dtype) + 0.01 * rows, targets, mask, 64).sum().backward()
         norms.append(tape.contributions[0].squared_norms().sqrt())
-    torch.testing.assert_close(norms[0].double(), norms[1], rtol=1e-4, atol=1e-6)
+    # Longer by what rounding can add to the sums, never shorter.
+    torch.testing.assert_close(norms[0].double(), norms[1], rtol=1e-4, atol=1e-4)
+    assert bool((norms[0].double() >= norms[1] * (1 - 1e-4) - 1e-6).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -87,6 +87,18 @@ def test_positions_and_an_embedding_used_twice() -> None:
     assert_exact(task_of(model, loss), {"ids": ids})
 
 
+@pytest.mark.parametrize("is_leaf", [False, True])
+def test_biases_behind_a_leaf_and_before_a_change_in_place(is_leaf: bool) -> None:
+    """Neither what else has a gradient nor what becomes of a module's output may matter."""
+    scale = torch.full((5,), 0.7, dtype=torch.float64, requires_grad=is_leaf)
+
+    def loss(model: Any, batch: Inputs) -> Tensor:
+        return quadratic(model, {"x": batch["x"] * scale})
+
+    model = randomised(nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True)))
+    assert_exact(task_of(model, loss, lambda name: name.endswith("bias")), {"x": states(3, 6, 5)})
+
+
 def adversaries(T: int, d: int) -> dict[str, tuple[Tensor, Tensor]]:
     x, g = states(1, T, d).float(), states(1, T, d, seed=1).float()
     signs = torch.ones(1, T, 1)

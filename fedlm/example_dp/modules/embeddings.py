@@ -1,4 +1,4 @@
-"""Per-example gradients of an embedding module: sums over the distinct (example, id) pairs, never a (B, V, D) tensor.
+"""Per-example gradients of an embedding module: sums over distinct (example, id) pairs, never a (B, V, D) tensor.
 
     |g_i|^2 = sum_r | sum_(t: id_(i,t) = r) dL_i/dy_(i,t) |^2
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.modules.pieces import Piece
+from fedlm.example_dp.modules.pieces import LargePiece
+from fedlm.example_dp.tables.row_pairs import RowPairs
 
 
-class RowsPiece(Piece):
+class RowsPiece(LargePiece):
     """The weight of an `nn.Embedding` or of our `Positions`.
 
     Arguments:
@@ -32,38 +33,34 @@ class RowsPiece(Piece):
     def __init__(self, name: str, parameter: nn.Parameter, num_examples: int, *, padding: int | None = None) -> None:
         super().__init__(name, parameter, num_examples)
         self._padding = padding
-        self._calls: list[tuple[Tensor, Tensor]] = []  # pair keys (N,), gradients (N, D)
-        self._keys: Tensor | None = None  # (P,) example * V + id, increasing
-        self._rows: Tensor | None = None  # (P, D)
+        self._calls: list[tuple[Tensor, Tensor, Tensor]] = []  # examples (N,), ids (N,), gradients (N, D)
+        self._pairs: RowPairs | None = None
+        self._rows = parameter.new_zeros(0)  # (P, D) once there are pairs
 
     def receive(self, x: Tensor | None, gradient: Tensor) -> None:
         """Take in the ids (B, ...) of a call and the gradient of its output (B, ..., D)."""
         assert x is not None
         ids = x.reshape(self.num_examples, -1).long()  # (B, T)
-        examples = torch.arange(self.num_examples, device=ids.device)[:, None]
-        keys = (examples * len(self.parameter) + ids).flatten()  # (B T,)
-        gradients = gradient.reshape(-1, gradient.shape[-1])  # (B T, D)
+        examples = torch.arange(self.num_examples, device=ids.device)[:, None].expand_as(ids)  # (B, T)
+        call = examples.flatten(), ids.flatten(), gradient.reshape(-1, gradient.shape[-1])  # (B T,) twice, (B T, D)
         if self._padding is not None:
-            counts = (ids != self._padding).flatten()
-            keys, gradients = keys[counts], gradients[counts]
-        self._calls.append((keys, gradients))
+            counts = call[1] != self._padding  # (B T,)
+            call = call[0][counts], call[1][counts], call[2][counts]
+        self._calls.append(call)
 
     def squared_norms(self) -> Tensor:
-        """Return (B,)."""
-        norms = self.zero_norms()
+        """Return (B,) float64."""
         if not self._calls:
-            return norms
-        keys, gradients = (torch.cat(part) for part in zip(*self._calls, strict=True))
+            return self.zero_norms()
+        examples, ids, gradients = (torch.cat(part) for part in zip(*self._calls, strict=True))
         self._calls.clear()
-        self._keys, place = torch.unique(keys, return_inverse=True)  # (P,), (N,)
-        self._rows = gradients.new_zeros(len(self._keys), gradients.shape[1]).index_add_(0, place, gradients)
-        return norms.index_add_(0, self._keys // len(self.parameter), self._rows.square().sum(1))
+        self._pairs = RowPairs(examples, ids, num_examples=self.num_examples, num_rows=len(self.parameter))
+        self._rows = self._pairs.sums(examples, ids, gradients)
+        return self._pairs.squared_norms(self._rows)
 
     def weighted_sums(self, factors: Tensor) -> Mapping[str, Tensor]:
         """Return the weighted sum (V, D)."""
-        if self._rows is None or self._keys is None:
+        if (pairs := self._pairs) is None:
             return {}
-        V = len(self.parameter)
-        weights, keys, rows = accepted(factors[self._keys // V], self._keys, self._rows)  # (P',), (P',), (P', D)
-        self._keys = self._rows = None
-        return {self.name: torch.zeros_like(self.parameter).index_add_(0, keys % V, rows * weights[:, None])}
+        weights, ids, rows = accepted(factors[pairs.examples], pairs.ids, self._rows)  # (P',), (P',), (P', D)
+        return {self.name: torch.zeros_like(self.parameter).index_add_(0, ids, rows * weights[:, None])}

@@ -7,52 +7,33 @@ Legend: B examples, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.modules.pieces import Piece
+from fedlm.example_dp.modules.pieces import VectorPiece
 
 _PROBE_TOLERANCE = 1e-4  # relative; float32 rounding is a hundred times smaller
 
 
-class GainPiece(Piece):
+class GainPiece(VectorPiece):
     """The weight of a `LayerNorm` or of an RMSNorm that `is_plain_rms_norm`.
 
     Arguments:
-        name: Of the parameter.
-        parameter: (D,), or a norm's shape of several dimensions.
+        slot: (B, D).
         module: The norm.
     """
 
     needs_input = True
 
-    def __init__(self, name: str, parameter: nn.Parameter, num_examples: int, module: nn.Module) -> None:
-        super().__init__(name, parameter, num_examples)
+    def __init__(self, slot: Tensor, module: nn.Module) -> None:
+        super().__init__(slot)
         self._module = module
-        self._gradient: Tensor | None = None  # (B, D)
 
     def receive(self, x: Tensor | None, gradient: Tensor) -> None:
-        """Add the gradient of one call, summed over its tokens."""
+        """Add the gradient of one call's output (B, ..., D), summed over its tokens."""
         assert x is not None
-        product = (gradient * _normed(self._module, x)).view(self.num_examples, -1, self.parameter.numel())  # (B, T, D)
-        summed = product.sum(1)  # (B, D)
-        self._gradient = summed if self._gradient is None else self._gradient.add_(summed)
-
-    def squared_norms(self) -> Tensor:
-        """Return (B,)."""
-        return self.zero_norms() if self._gradient is None else self._gradient.square().sum(1)
-
-    def weighted_sums(self, factors: Tensor) -> Mapping[str, Tensor]:
-        """Return the weighted sum, in the parameter's shape."""
-        if self._gradient is None:
-            return {}
-        factors, gradient = accepted(factors, self._gradient)
-        self._gradient = None
-        return {self.name: torch.mv(gradient.T, factors).view(self.parameter.shape)}
+        self._add(gradient * _normed(self._module, x))
 
 
 @torch.no_grad()

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import SLACK, accepted
-from fedlm.example_dp.modules.pieces import Piece
+from fedlm.example_dp.modules.pieces import LargePiece
 
 _ERROR_UNITS = 8.0  # measured: 3.5 at most, for tokens of very different lengths
+_LARGEST = 1e6
+"""Beyond this, in float32, a Gram matrix can lose to underflow what the other side's size would make count."""
 
 
-class MatrixPiece(Piece):
+class MatrixPiece(LargePiece):
     """The weight of a linear module.
 
     Arguments:
@@ -46,6 +48,7 @@ class MatrixPiece(Piece):
         self._gradient: Tensor | None = None  # (B, *parameter.shape)
         self._pairs: list[tuple[Tensor, Tensor]] = []  # (B, t, rows), (B, t, columns) of the parameter
         self._num_tokens = 0  # of the pairs
+        self._alone: list[int] = []  # examples whose gradient is made by itself
 
     def receive(self, x: Tensor | None, gradient: Tensor) -> None:
         """Keep a call's input (B, ..., in) and output gradient (B, ..., out), or make the gradient of the parameter."""
@@ -63,7 +66,8 @@ class MatrixPiece(Piece):
         if self._gradient is None:
             return self._ghost_norms() if self._pairs else self.zero_norms()
         self._make_gradient()
-        norms: Tensor = torch.linalg.vector_norm(self._gradient.flatten(1), dim=1)  # (B,)
+        # In float64: a float32 norm of millions of numbers alike is off by more than the clip rule's slack.
+        norms: Tensor = torch.linalg.vector_norm(self._gradient.flatten(1), dim=1, dtype=torch.float64)  # (B,)
         return norms.square()
 
     def weighted_sums(self, factors: Tensor) -> Mapping[str, Tensor]:
@@ -74,10 +78,16 @@ class MatrixPiece(Piece):
             return {self.name: torch.mv(gradient.flatten(1).T, factors).view(self.parameter.shape)}
         if not self._pairs:
             return {}
-        factors, left, right = accepted(factors, *self._joined())
+        pair, rest = self._joined(), factors.clone()
         self._pairs.clear()
-        scaled = (left * factors[:, None, None]).flatten(0, 1)  # (B T, rows)
-        return {self.name: scaled.T @ right.flatten(0, 1)}
+        rest[self._alone] = 0
+        kept, left, right = accepted(rest, *pair)
+        scaled = (left * kept[:, None, None]).flatten(0, 1)  # (B T, rows)
+        total = scaled.T @ right.flatten(0, 1)
+        for i in self._alone:  # exactly what was measured: in a sum over tokens that cancel, rounding would count
+            if factors[i] > 0:
+                total.addcmul_(pair[0][i].T @ pair[1][i], factors[i])
+        return {self.name: total}
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Join the calls along time, once: (B, T, rows), (B, T, columns)."""
@@ -100,8 +110,11 @@ class MatrixPiece(Piece):
         left, right = self._joined()
         squares, bounds = ghost_norms(left, right)
         epsilon = torch.finfo(squares.dtype).eps
-        for i in (_ERROR_UNITS * epsilon * bounds > SLACK * squares).nonzero().flatten().tolist():
-            squares[i] = torch.linalg.vector_norm(left[i].T @ right[i]).square()
+        is_extreme = torch.maximum(left.abs().amax((1, 2)), right.abs().amax((1, 2))) > _LARGEST  # (B,)
+        is_unsure = is_extreme | (_ERROR_UNITS * epsilon * bounds > SLACK * squares)
+        self._alone = is_unsure.nonzero().flatten().tolist()
+        for i in self._alone:
+            squares[i] = torch.linalg.vector_norm(left[i].T @ right[i], dtype=torch.float64).square()
         return squares
 
 

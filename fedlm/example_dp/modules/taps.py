@@ -2,6 +2,8 @@
 
 The module's own forward runs unchanged, with all parameters frozen, so autograd computes no gradient of a parameter and
 stores no input for one. The tap is the identity on the output; its backward pass is where the pieces are fed.
+(A tensor hook on the output would cost less, but is lost when an activation changes the output of a linear module in
+place, because that output is a view.)
 
 What is exact for which module: linear modules (`nn.Linear`, GPT-2's `Conv1D`), also called several times a pass, LoRA's
 factors among them; `nn.LayerNorm`; RMSNorms that only scale by their weight; `nn.Embedding`; our `Positions`.
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +28,8 @@ from fedlm.example_dp.modules.embeddings import RowsPiece
 from fedlm.example_dp.modules.gains import GainPiece, is_plain_rms_norm
 from fedlm.example_dp.modules.matrix import MatrixPiece
 from fedlm.example_dp.modules.pieces import Piece
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.modules.vectors import vector_slots
+from fedlm.example_dp.tape import Contribution, Tape
 from fedlm.models.layers import Positions
 
 
@@ -45,22 +49,32 @@ class Watched:
     parameters: Mapping[str, nn.Parameter]
     names: Mapping[str, str]
 
-    def pieces(self, num_examples: int) -> list[Piece]:
-        """Return a new piece for each trained parameter."""
-        return [self._piece(local, parameter, num_examples) for local, parameter in self.parameters.items()]
+    @cached_property
+    def kind(self) -> str | None:
+        """Return what `module_kind` says."""
+        return module_kind(self.module)
 
-    def _piece(self, local: str, parameter: nn.Parameter, B: int) -> Piece:
-        name, kind = self.names[local], module_kind(self.module)
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """Return its biases and gains, by their names in `task.trained`."""
+        chosen = self.parameters if self.kind == "norm" else self.parameters.keys() & {"bias"}
+        return {self.names[local]: self.parameters[local] for local in chosen}
+
+    def pieces(self, num_examples: int, slots: Mapping[str, Tensor]) -> list[Piece]:
+        """Return a new piece for each trained parameter; `slots` are the vectors', by name."""
+        return [self._piece(local, parameter, num_examples, slots) for local, parameter in self.parameters.items()]
+
+    def _piece(self, local: str, parameter: nn.Parameter, B: int, slots: Mapping[str, Tensor]) -> Piece:
+        name = self.names[local]
         if local == "bias":
-            return BiasPiece(name, parameter, B)
-        if kind == "norm":
-            return GainPiece(name, parameter, B, self.module)
-        if kind == "embedding":
+            return BiasPiece(slots[name])
+        if self.kind == "norm":
+            return GainPiece(slots[name], self.module)
+        if self.kind == "embedding":
             padding = self.module.padding_idx if isinstance(self.module, nn.Embedding) else None
             return RowsPiece(name, parameter, B, padding=padding)
-        if kind == "positions":
+        if self.kind == "positions":
             return RowsPiece(name, parameter, B)
-        return MatrixPiece(name, parameter, B, is_transposed=kind == "conv1d")
+        return MatrixPiece(name, parameter, B, is_transposed=self.kind == "conv1d")
 
 
 def module_kind(module: nn.Module) -> str | None:
@@ -78,23 +92,35 @@ def module_kind(module: nn.Module) -> str | None:
     return "norm" if is_plain_rms_norm(module) else None
 
 
-@contextmanager
-def tapped(model: nn.Module, watched: Sequence[Watched], tape: Tape) -> Iterator[None]:
-    """Tap some modules of a model and freeze all its parameters; both are undone at the end, after an error too.
+class Taps:
+    """What to tap of a model in each pass; the model keeps its modules and parameters from here on.
 
-    All: autograd would keep the inputs of a linear module whose weight it believes to train.
+    Arguments:
+        model: All its parameters are frozen during a pass: autograd would keep the inputs of a linear module whose
+            weight it believes to train.
+        watched: The modules to tap; none is allowed.
     """
-    with ExitStack() as undo:
-        for parameter in model.parameters():
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        for one in watched:
-            pieces = one.pieces(tape.num_examples)
-            for piece in pieces:
-                tape.add(piece)
-            handle = one.module.register_forward_hook(_Hook(one, pieces, tape), with_kwargs=True)
-            undo.callback(handle.remove)
-        yield
+
+    def __init__(self, model: nn.Module, watched: Sequence[Watched]) -> None:
+        self._parameters, self._watched = list(model.parameters()), watched
+
+    @contextmanager
+    def on(self, tape: Tape) -> Iterator[None]:
+        """Tap and freeze for one pass; both are undone at the end, after an error too."""
+        slots = vector_slots([item for one in self._watched for item in one.vectors().items()], tape)
+        with ExitStack() as undo:
+            for parameter in self._parameters:
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    undo.callback(parameter.requires_grad_)
+            for one in self._watched:
+                pieces = one.pieces(tape.num_examples, slots)
+                for piece in pieces:
+                    if isinstance(piece, Contribution):
+                        tape.add(piece)
+                handle = one.module.register_forward_hook(_Hook(one, pieces, tape), with_kwargs=True)
+                undo.callback(handle.remove)
+            yield
 
 
 class _Hook:
@@ -102,17 +128,16 @@ class _Hook:
 
     def __init__(self, watched: Watched, pieces: list[Piece], tape: Tape) -> None:
         self._watched, self._pieces, self._tape = watched, pieces, tape
-        self._kind = module_kind(watched.module)
         self._needs_input = any(piece.needs_input for piece in pieces)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        B = self._tape.num_examples
-        if self._kind == "embedding":
+        B, kind = self._tape.num_examples, self._watched.kind
+        if kind == "embedding":
             x, y = _per_example(x, y, B)
-        elif self._kind == "positions":
+        elif kind == "positions":
             x = torch.arange(y.shape[1], device=y.device).expand(B, -1)  # (B, T)
         if x.ndim < 2 or x.shape[0] != B or y.shape[0] != B:
             raise ConfigError(

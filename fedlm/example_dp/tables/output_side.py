@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlm.example_dp.clip_rule import SLACK
 from fedlm.example_dp.tables.row_pairs import RowPairs
 
 
@@ -132,7 +133,14 @@ class OutputSide(ABC):
         if rows is not None:
             named[:, : rows.shape[1]] += rows
         rest = self._rest_squared_norms(trained) * self._upstream.double().square()  # (B,)
-        return trained.pairs.squared_norms(named) + rest
+        squares = trained.pairs.squared_norms(named) + rest
+        rounding = self._rounding() * self._upstream.abs().double()  # (B,)
+        is_safe = rounding <= SLACK / 4 * squares.sqrt()
+        return torch.where(is_safe, squares, (squares.sqrt() + rounding).square())
+
+    def _rounding(self) -> Tensor:
+        """Return how much longer than its norm an example's share of the sums can be, by rounding, (B,) float64."""
+        return torch.zeros(self._tokens.num_examples, dtype=torch.float64, device=self._table.device)
 
     def add_weighted_sums(self, factors: Tensor, table_sum: Tensor | None, bias_sum: Tensor | None) -> None:
         """Add `sum_i factors_i g_i` to what trains: (L, D), (L,); examples of factor zero are left out.

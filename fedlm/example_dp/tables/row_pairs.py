@@ -44,6 +44,11 @@ class RowPairs:
         found = torch.searchsorted(self._keys, first + torch.tensor(rows, device=first.device)[:, None])  # (rows, B)
         return [[*each, len(self)] for each in found.tolist()]
 
+    def sums(self, examples: Tensor, ids: Tensor, gradients: Tensor) -> Tensor:
+        """Return what each pair gets (u, C) of gradients (n, C) of pairs (n,), all of them known, with repeats."""
+        rows = gradients.new_zeros(len(self), gradients.shape[1])  # (u, C)
+        return rows.index_add_(0, self.slots(examples, ids), gradients)
+
     def squared_norms(self, rows: Tensor) -> Tensor:
         """Return the squared norm of each example's rows, (B,) float64; `rows` is (u, C)."""
         squares: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()  # (u,)
