@@ -9,6 +9,7 @@ Legend: B examples of a physical batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Generic
@@ -119,7 +120,9 @@ def _hooked(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[N
         parameter.grad = None
     hooks = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
     try:
-        yield
+        with warnings.catch_warnings():  # inputs of the lowest module need no gradient, and that is all it says
+            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+            yield
     finally:
         hooks.to_standard_module()
         for module, mode in modes:

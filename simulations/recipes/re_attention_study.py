@@ -66,8 +66,8 @@ class Sizes:
     negatives: int = 512
     num_examples: int = 24_000
     num_test: int = 1_000
-    batch_size: int = 384
-    steps: int = 60
+    batch_size: int = 256
+    steps: int = 30
     learning_rate: float = 2e-3
     base_epochs: int = 6
     clip_norm: float = 0.1

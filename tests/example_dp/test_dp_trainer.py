@@ -128,7 +128,6 @@ def test_physical_batches_do_not_change_what_is_released() -> None:
         assert torch.allclose(end, ends[0], rtol=0, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_opacus_engine_makes_the_same_steps() -> None:
     pytest.importorskip("opacus")
     ends = []
