@@ -165,14 +165,14 @@ def table(jobs: Sequence[Job], lines: Mapping[str, Line]) -> Iterator[str]:
             values = [number(line, metric) for line in found if line.get(metric) is not None]
             if not values:
                 continue
-            before = found[0].get(f"{metric}_initial")
+            before = [number(line, f"{metric}_initial") for line in found if f"{metric}_initial" in line]
             cells = (
                 task,
                 variant,
                 f"{found[0]['num_trained']:,}",
                 f"{epsilon:g}" if epsilon else "not private",
                 metric,
-                "-" if before is None else f"{before:.4g}",
+                f"{mean(before):.4g}" if before else "-",
                 f"{mean(values):.4g}" + (f" ± {stdev(values) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""),
                 f"{len(values)}",
                 f"{mean(number(line, 'seconds_per_step') for line in found):.2f}",
