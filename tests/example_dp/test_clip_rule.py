@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlm.errors import ConfigError
@@ -15,6 +15,7 @@ from fedlm.example_dp.clip_rule import KINDS, SLACK, ClipRule, accepted
 sizes = st.floats(min_value=0, max_value=1e19)  # the square of a larger one is infinite in float32
 
 
+@settings(deadline=None)
 @given(norm=sizes, clip_norm=st.floats(min_value=1e-6, max_value=1e6), kind=st.sampled_from(KINDS))
 def test_the_bound_holds_even_if_the_norm_seems_smaller_by_the_slack(norm: float, clip_norm: float, kind: str) -> None:
     seen = torch.tensor([norm / (1 + SLACK)], dtype=torch.float64)
@@ -23,6 +24,7 @@ def test_the_bound_holds_even_if_the_norm_seems_smaller_by_the_slack(norm: float
     assert math.isfinite(float(factor)) or norm == 0
 
 
+@settings(deadline=None)
 @given(norm=sizes)
 def test_flat_never_enlarges_and_leaves_short_gradients_alone(norm: float) -> None:
     factor = float(ClipRule("flat", 1.0).factors(torch.tensor([norm], dtype=torch.float64)))
