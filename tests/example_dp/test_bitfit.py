@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from brute_force import task_of
-from test_engine import CHOICES, llama, own_loss, randomise, text, transformer
+from test_per_example_engine import CHOICES, llama, own_loss, randomise, text, transformer
 from torch import Tensor, nn
 
 from fedlm.config.load import load_config

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from brute_force import Inputs, task_of
-from test_engine import CHOICES, bert, over_real_tokens, own_loss, text, transformer, with_lora
+from test_per_example_engine import CHOICES, bert, over_real_tokens, own_loss, text, transformer, with_lora
 from torch import Tensor, nn
 
 from fedlm.errors import ConfigError
