@@ -28,7 +28,7 @@ def test_a_line_says_what_became_of_a_device(tmp_path: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert [row["outcome"] for row in rows] == list(OUTCOMES)
     assert list(rows[0].values()) == ["3", "3", "trains", "0.000", "7", str(SPEC.num_bytes)]
-    assert [row["bytes_down"] for row in rows] == ["7", "0", "0", "7", "7"]
+    assert [row["bytes_down"] for row in rows] == ["7", "0", "0", "7", "7", "0"]
 
 
 def test_rewinding_a_file_cut_at_any_byte_keeps_the_released_rounds(tmp_path: Path) -> None:
