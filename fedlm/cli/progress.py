@@ -14,6 +14,7 @@ Other events are for other listeners.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,10 +34,44 @@ _Event = Mapping[str, Any]
 def progress(*, quiet: bool, json: bool) -> Iterator[Listener]:
     """Give the listener of one verb; meanwhile what libraries print goes to standard error.
 
+    A Ctrl-C that Python has swallowed, for it came inside a weak reference's callback, is raised again at the end of
+    the round or step.
+
     Arguments:
         quiet: Only warnings are shown.
         json: Somebody parses the output: only warnings are shown unless standard error is a terminal.
     """
+    with _noted_interrupts() as noted, _shown(quiet=quiet, json=json) as show:
+
+        def listener(event: dict[str, object]) -> None:
+            show(event)
+            if noted and event["event"] in ("round", "finetune"):
+                raise KeyboardInterrupt
+
+        yield listener
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Let SIGINT raise KeyboardInterrupt as ever, and note that it came."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody ignores or handles it
+        yield noted
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _shown(*, quiet: bool, json: bool) -> Iterator[Listener]:
     terminal = sys.stderr.isatty()
     if quiet or (json and not terminal):
         with redirect_stdout(sys.stderr):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +133,15 @@ def _read_all(terminal: int) -> str:
     except OSError:  # Linux says EIO when the other end has closed
         pass
     return b"".join(parts).decode()
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_end_of_the_round() -> None:
+    event: dict[str, object] = {"event": "round", "round": 1, "rounds": 2}
+    with progress(quiet=True, json=False) as listener:
+        listener(event)
+        with contextlib.suppress(KeyboardInterrupt):  # as in a weak reference's callback
+            signal.raise_signal(signal.SIGINT)
+        listener({"event": "device_done", "round": 2, "done": 1, "total": 2})
+        with pytest.raises(KeyboardInterrupt):
+            listener(event)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
