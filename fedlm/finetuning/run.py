@@ -114,11 +114,25 @@ def finetune(config: Config, out: Path | None, listener: Listener) -> FinetuneSu
         raise Interrupted(progress.lost()) from error
     with folder.weights() as weights:
         workload.save(weights)
-    scores = {"accuracy": (None, None), "perplexity": (None, None), workload.metric: (first, last)}
+    summary = _summary(workload, plan, progress, trained, (first, last), bleu, time.monotonic() - started)
+    folder.json("summary.json", asdict(summary))
+    return summary
+
+
+def _summary(
+    workload: Workload[Any],
+    plan: ExamplePlan,
+    progress: _Progress,
+    trained: list[Tensor],
+    scored: tuple[float | None, float | None],
+    bleu: float | None,
+    seconds: float,
+) -> FinetuneSummary:
+    scores = {"accuracy": (None, None), "perplexity": (None, None), workload.metric: scored}
     epsilon = plan.epsilon(plan.num_steps)
-    summary = FinetuneSummary(
-        run_dir=str(folder.path),
-        task=config.finetune.task,
+    return FinetuneSummary(
+        run_dir=str(progress.path),
+        task=workload.config.finetune.task,
         num_examples=plan.num_examples,
         steps=plan.num_steps,
         accuracy_initial=scores["accuracy"][0],
@@ -134,11 +148,9 @@ def finetune(config: Config, out: Path | None, listener: Listener) -> FinetuneSu
         num_trained=sum(tensor.numel() for tensor in trained),
         update_bytes=sum(tensor.numel() * tensor.element_size() for tensor in trained),
         peak_mb=_peak_mb(),
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         seconds_per_step=progress.seconds / plan.num_steps,
     )
-    folder.json("summary.json", asdict(summary))
-    return summary
 
 
 def make_plan(config: Config, num_examples: int) -> ExamplePlan:
@@ -192,6 +204,11 @@ class _Progress:
         self._done, self._phase, self._epsilon = 0, 0, 0.0
         self._last = self._epsilon_due = time.monotonic()
         self.seconds = 0.0
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._folder.path
 
     def phase(self, phase: int) -> None:
         """Note that a phase begins."""
