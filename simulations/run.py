@@ -14,6 +14,7 @@ from fedlm.config.load import config_from_toml, config_to_toml
 from fedlm.config.paths import with_absolute_paths
 from fedlm.config.schema import Config
 from fedlm.errors import Interrupted
+from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, starts_from_base
 from fedlm.training import products
 from fedlm.training.base import base_folder, load_base
@@ -57,7 +58,7 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
     for stamp in run_stamps(plan, experiment):
         listener({"event": "note", "text": stamp})
     server.ensure_base(config, listener)
-    config = _with_products(config, listener)
+    config = _with_device_noise(_with_products(config, listener))
     return _run(config, path, server.Surroundings(listener, fleet), resume=False)
 
 
@@ -102,6 +103,15 @@ def _with_products(config: Config, listener: Listener) -> Config:
             ratio = rounded.gigaflops / plain.gigaflops
             listener({"event": "note", "text": f"bf16 products run at {ratio:.2f} times the rate of fp32 here"})
     return config
+
+
+def _with_device_noise(config: Config) -> Config:
+    """Return the config with the noise of `local.example_dp` calibrated, once for all workers."""
+    budget = device_budget(config)
+    if budget is None:
+        return config
+    example_dp = replace(config.local.example_dp, noise_multiplier=budget.noise_multiplier)
+    return replace(config, local=replace(config.local, example_dp=example_dp))
 
 
 def _grid(config: Config, run_config: dict[str, Scalar]) -> LocalGrid:
