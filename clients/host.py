@@ -35,6 +35,7 @@ from fedlm.messages import (
 from fedlm.models.transformer import TransformerModel
 from fedlm.privacy.clipping import ClippedSum, ClipRecord
 from fedlm.privacy.riders import NO_WORDS, Facts, WordMap
+from fedlm.trainable.parts import Part, restricted
 from fedlm.training import products
 from fedlm.training.group import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
@@ -90,10 +91,12 @@ class DeviceHost:
         if not self._apply(broadcast):
             return outcome.reply(stale=True)
         if broadcast.key != self._opened:  # once a round, however many pieces of it come here
-            self._spec, self._opened = self._trainable.spec.with_rows(broadcast.row_ids), broadcast.key
-            self._trainer.start_round(self._spec, self._blocks)
+            full, self._opened = self._trainable.spec, broadcast.key
+            self._moves = full.with_rows(broadcast.row_ids, broadcast.moves or None)
+            self._spec = full.with_rows(broadcast.row_ids, broadcast.sends) if broadcast.sends else self._moves
+            self._trainer.start_round(self._moves, self._blocks)
             if self._groups:
-                self._groups.start_round(self._spec, self._blocks)
+                self._groups.start_round(self._moves, self._blocks)
         with kept.piece(request, self._spec.size) as total:
             for group in np.split(request.devices, np.cumsum(request.group_sizes)[:-1]):
                 self._train_group(total, broadcast.key, group.tolist(), outcome)
@@ -119,7 +122,7 @@ class DeviceHost:
             log.debug("a group of %d devices failed; they train one by one", len(devices), exc_info=True)
             return False
         for device, result in zip(devices, results, strict=True):
-            record = total.add_parts(result.parts, self._facts(total, device, result.loss, result.num_tokens))
+            record = total.add_parts(self._sent(result.parts), self._facts(total, device, result.loss, result.num_tokens))
             outcome.add(device, record, result.loss)
         return True
 
@@ -131,7 +134,15 @@ class DeviceHost:
             outcome.failed[device] = f"{type(error).__name__}: {error}".splitlines()[0]
             return
         facts = self._facts(total, device, result.loss, result.num_tokens)
-        outcome.add(device, total.add(result.update, facts), result.loss)
+        if self._spec is self._moves:
+            record = total.add(result.update, facts)
+        else:
+            record = total.add_parts(self._sent([Part(0, result.update)]), facts)
+        outcome.add(device, record, result.loss)
+
+    def _sent(self, parts: list[Part]) -> list[Part]:
+        """Return what a device sends of its update."""
+        return parts if self._spec is self._moves else restricted(parts, self._moves, self._spec)
 
     def _facts(self, total: ClippedSum, device: int, loss: float, num_tokens: int) -> Facts:
         """Return what the round's riders may ask; the words only where one does."""
@@ -161,7 +172,8 @@ class DeviceHost:
         if broadcast.from_version == FROM_SCRATCH:
             self._trainable.spec.scatter_blocks(self._blocks, broadcast.patch)
         elif broadcast.from_version == self._version:
-            self._trainable.spec.with_rows(broadcast.patch_rows).scatter_blocks(self._blocks, broadcast.patch)
+            changed = self._trainable.spec.with_rows(broadcast.patch_rows, broadcast.patch_blocks or None)
+            changed.scatter_blocks(self._blocks, broadcast.patch)
         else:
             return False
         self._version = broadcast.to_version

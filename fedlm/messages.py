@@ -35,18 +35,24 @@ class Broadcast:
         run: Name of the run; a node serves one run at a time.
         from_version: Rounds that a node must have applied for the patch to fit; FROM_SCRATCH fits any node.
         to_version: Rounds applied after the patch.
+        patch_blocks: Names of the blocks in the patch; empty for all.
         patch_rows: Row ids (S',) of the patch; empty for a whole vector.
-        patch: The values (P',) of those rows and of everything outside the embedding.
+        patch: The values (P',) of those blocks, of tables those rows.
+        moves: Names of the blocks that devices train in this round; empty for all.
+        sends: Names of the blocks that they send; empty for all that they train.
         row_ids: This round's public row set (S,).
-        key: The round's key (`fedlm.randomness.round_key`).
+        key: The round's key (`fedlm.randomness.round_key`); empty in an evaluation, which opens no round.
         noise_std: Of a coordinate of the round's noised mean; 0 without noise.
     """
 
     run: str
     from_version: int
     to_version: int
+    patch_blocks: list[str]
     patch_rows: RowIds
     patch: Vector
+    moves: list[str]
+    sends: list[str]
     row_ids: RowIds
     key: bytes
     noise_std: float

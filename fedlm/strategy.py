@@ -1,82 +1,55 @@
-"""The contract that aggregation strategies fulfil: `init`, `accumulate`, `finish`, over a stream of contributions.
+"""The contract that aggregation strategies fulfil: from the server's state and a round's release to the next state.
 
-A strategy never holds more than its state and one contribution, so memory does not grow with the cohort. It sees the
-cohort's sum only through `Release.mean`, which the privacy plan answers once: clipped, noised, divided by the expected
-cohort. Everything after that is post-processing and costs no privacy.
+A strategy never sees a device's update, nor the cohort's sum: it gets a `Release`, which is clipped, noised and divided
+by the expected cohort. Everything that it computes is post-processing and costs no privacy.
 
+Most strategies treat the noised mean as a gradient (Reddi et al. 2021, "Adaptive Federated Optimization", 2003.00295).
 A plug-in needs this module alone:
 
-    class MyStrategy(SumStrategy):
-        def step(self, state, values, mean):
-            return values + 0.5 * mean, {}
+    class Averaging(ServerOptimizer):
+        def update(self, state, release):
+            return state.values + 0.5 * release.mean, {}
 
-and `strategy.kind = "mypkg.strategies:MyStrategy"` in the TOML file.
+and `strategy.kind = "mypkg.strategies:Averaging"` in the TOML file. A method that trains other blocks in other rounds,
+or changes blocks that no device sends, derives from `Strategy` and says so in `moves`, `sends` and `changes`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
 
 from fedlm.config.schema import StrategyConfig
-from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.release import Release
 from fedlm.trainable.spec import UpdateSpec, Vector
 
-State = TypeVar("State", bound="StrategyState")
+__all__ = ["Release", "ServerOptimizer", "Strategy", "StrategyState", "UpdateSpec", "Vector"]
 
 
 @dataclass(frozen=True)
 class StrategyState:
-    """Everything a strategy carries from round to round; checkpoints store it.
+    """Everything that a strategy carries from round to round; checkpoints store it.
 
     Arguments:
-        values: (P_full,) the model's trainable values.
-        slots: Optimiser arrays of the full size (P_full,), by name. `finish` may write into them in place: the engine
-            gives up its own reference.
-        num_steps: Rounds finished.
-        total: The cohort's sum so far; None between rounds.
+        values: (P_full,) every block that the server may change.
+        slots: Optimiser arrays of the same size (P_full,), by name.
+        num_steps: Rounds finished; the engine counts them.
     """
 
     values: Vector
     slots: Mapping[str, Vector] = field(default_factory=dict)
     num_steps: int = 0
-    total: ClippedSum | None = None
 
 
-@dataclass(frozen=True)
-class Release:
-    """What `finish` may use.
+class Strategy(ABC):
+    """An aggregation strategy. What it remembers is in its `StrategyState`, never on the object: a run may resume.
 
     Arguments:
-        spec: The round's spec.
-        mean: Answers once with the noised mean update (P,) of a sum.
+        config: The section [strategy].
     """
-
-    spec: UpdateSpec
-    mean: Callable[[ClippedSum], Vector]
-
-
-@runtime_checkable
-class Strategy(Protocol):
-    """A streaming aggregation strategy; construct with a `StrategyConfig`."""
-
-    def init(self, spec: UpdateSpec, values: Vector) -> StrategyState:
-        """Return the first state; `spec` is the full spec, `values` (P_full,)."""
-        ...
-
-    def accumulate(self, state: StrategyState, contribution: ClippedSum) -> StrategyState:
-        """Take in one contribution, a sum over one or more devices."""
-        ...
-
-    def finish(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
-        """End the round: return the next state and public diagnostics."""
-        ...
-
-
-class SumStrategy(ABC):
-    """A strategy that sums the cohort and applies `step` to the noised mean; the base of FedAvg and FedAdam."""
 
     slot_names: tuple[str, ...] = ()
 
@@ -84,36 +57,61 @@ class SumStrategy(ABC):
         self.config = config
 
     def init(self, spec: UpdateSpec, values: Vector) -> StrategyState:
-        """Return a state whose optimiser arrays are zero."""
-        import numpy as np
-
-        return StrategyState(values, {name: np.zeros(spec.size, np.float32) for name in self.slot_names})
-
-    def accumulate(self, state: StrategyState, contribution: ClippedSum) -> StrategyState:
-        """Add a contribution to the running sum, exactly (integers), so that order does not matter."""
-        if state.total is None:
-            return replace(state, total=contribution)
-        state.total.add_sum(contribution)
-        return state
-
-    def finish(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
-        """Release the mean and write the stepped values of this round's coordinates back; others stay untouched."""
-        assert state.total is not None, "the engine opens every round with an empty sum"
-        mean = release.mean(state.total)
-        slots = {name: release.spec.gather(array) for name, array in state.slots.items()}
-        values = release.spec.gather(state.values)
-        values, diagnostics = self.step(replace(state, slots=slots, num_steps=state.num_steps + 1), values, mean)
-        release.spec.scatter(state.values, values)
-        for name, array in state.slots.items():
-            release.spec.scatter(array, slots[name])
-        return replace(state, num_steps=state.num_steps + 1, total=None), diagnostics
-
-    @abstractmethod
-    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
-        """Return the new values (P,) of this round's coordinates.
+        """Return the first state, whose optimiser arrays are zero.
 
         Arguments:
-            state: `slots` hold this round's coordinates (P,) and are updated in place; `num_steps` counts from 1.
-            values: (P,) before the round.
-            mean: (P,) the noised mean update.
+            spec: Every block that the server may change, with all rows.
+            values: (P_full,) of the base.
+        """
+        return StrategyState(values, {name: np.zeros(spec.size, np.float32) for name in self.slot_names})
+
+    def moves(self, round_number: int, spec: UpdateSpec) -> tuple[str, ...]:
+        """Return the names of the blocks that devices train in a round: a function of its number alone; all of them.
+
+        Arguments:
+            round_number: Counts from 1.
+            spec: Every block that the server may change.
+        """
+        return tuple(block.name for block in spec.blocks)
+
+    def sends(self, round_number: int, spec: UpdateSpec) -> tuple[str, ...]:
+        """Return the blocks that devices send: of those that they train; what is clipped, noised and counted."""
+        return self.moves(round_number, spec)
+
+    def changes(self, round_number: int, spec: UpdateSpec) -> tuple[str, ...]:
+        """Return the blocks that `step` may change in a round: they travel to the devices before the next one."""
+        return self.sends(round_number, spec)
+
+    @abstractmethod
+    def step(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
+        """Return the next state and public diagnostics.
+
+        Arguments:
+            state: Before the round; its arrays may be written into.
+            release: All that left the devices; `release.spec.gather` and `.scatter` go between (P_full,) and (P,).
+        """
+
+
+class ServerOptimizer(Strategy):
+    """A strategy that takes the noised mean for a gradient and changes the round's coordinates alone."""
+
+    def step(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
+        """Gather the round's coordinates, update them, write them back; all others stay untouched."""
+        spec = release.spec
+        slots = {name: spec.gather(array) for name, array in state.slots.items()}
+        now = StrategyState(spec.gather(state.values), slots, state.num_steps + 1)
+        values, diagnostics = self.update(now, release)
+        spec.scatter(state.values, values)
+        for name, array in state.slots.items():
+            spec.scatter(array, slots[name])
+        return replace(state, num_steps=now.num_steps), diagnostics
+
+    @abstractmethod
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
+        """Return the new values (P,) of the round's coordinates, and public diagnostics.
+
+        Arguments:
+            state: `values` and `slots` hold the round's coordinates (P,), the slots to be updated in place; `num_steps`
+                counts this round, from 1.
+            release: Of the round; `mean` (P,) may be written into.
         """

@@ -157,12 +157,12 @@ def strategy_of(config: StrategyConfig) -> Strategy:
     kind = built_in or load_object(config.kind, "strategy.kind")
     try:
         strategy = kind(config)
-    except TypeError as error:  # another signature, or a SumStrategy without `step`
+    except TypeError as error:  # another signature, or no `step`
         raise ConfigError(
             f"strategy.kind = {config.kind!r} cannot be made from a StrategyConfig ({error}); see fedlm.strategy"
         ) from error
     if not isinstance(strategy, Strategy):
-        raise ConfigError(f"strategy.kind = {config.kind!r} lacks init, accumulate or finish (fedlm.strategy.Strategy)")
+        raise ConfigError(f"strategy.kind = {config.kind!r} is no fedlm.strategy.Strategy; derive it from that class")
     return strategy
 
 

@@ -2,23 +2,23 @@
 
     m <- beta1 m + mean,   w <- w + eta m
 
-`mean` is the clipped, noised mean over the expected cohort: whatever is done with it costs no privacy.
+`release.mean` is the clipped, noised mean over the expected cohort: whatever is done with it costs no privacy.
 """
 
 from __future__ import annotations
 
-from fedlm.strategy import StrategyState, SumStrategy
+from fedlm.strategy import Release, ServerOptimizer, StrategyState
 from fedlm.trainable.spec import Vector
 
 
-class Momentum(SumStrategy):
+class Momentum(ServerOptimizer):
     """Heavy-ball momentum on the noised mean update."""
 
     slot_names = ("momentum",)  # kept with the model, checkpointed, and gathered for each round's rows
 
-    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Update the momentum in place and move along it."""
         momentum = state.slots["momentum"]
         momentum *= self.config.beta1
-        momentum += mean
-        return values + self.config.learning_rate * momentum, {}
+        momentum += release.mean
+        return state.values + self.config.learning_rate * momentum, {}

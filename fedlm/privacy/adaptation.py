@@ -22,26 +22,12 @@ from fedlm.privacy.adaptive_clip import bit_share, next_clip_norm
 from fedlm.privacy.allocation import AllocationState
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.geometry import Geometry
+from fedlm.privacy.release import Release
 from fedlm.privacy.riders import ClipBit, DPMetrics, GroupShares, Rider, WordMap
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 Floats = npt.NDArray[np.float64]
 METRIC_SHARE = 0.1  # for each coordinate: its noise multiplier is ten times the update's
-
-
-@dataclass(frozen=True, eq=False)
-class Released:
-    """All that leaves a round.
-
-    Arguments:
-        mean: (P,) the noised mean update.
-        answers: Of each rider, (size,), the noised mean over the expected cohort in the rider's own units.
-        noise_std: Of a coordinate of `mean` in a group of scale 1.
-    """
-
-    mean: Vector
-    answers: Mapping[str, Floats]
-    noise_std: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,17 +166,15 @@ class Adaptation:
         """Return what round `round_number` clips with."""
         return Clipper(state.clip_norm, self._geometry(state, spec), self._riders(spec, round_number))
 
-    def next(
-        self, state: PrivacyState, spec: UpdateSpec, *, clipper: Clipper, values: Vector, released: Released
-    ) -> PrivacyState:
+    def next(self, state: PrivacyState, release: Release, *, clipper: Clipper, values: Vector) -> PrivacyState:
         """Return the state after a release.
 
         Arguments:
-            state, spec, clipper: Of the released round.
-            values: (P,) the model's values in it.
-            released: What left.
+            state, clipper: Of the released round.
+            release: What left.
+            values: (P,) the model's values in the round, in the coordinates of the release.
         """
-        answers = released.answers
+        answers = release.answers
         if ClipBit.name in answers:
             excess = float(answers[ClipBit.name][0])
             rate = self.clip_learning_rate
@@ -198,7 +182,7 @@ class Adaptation:
         if WordMap.name in answers and state.word_scores is not None:
             state = replace(state, word_scores=state.word_scores + answers[WordMap.name])
         if state.allocation and self.allocation in ("adaptive", "published"):
-            state = replace(state, allocation=self._allocate(state.allocation, spec, clipper, values, released))
+            state = replace(state, allocation=self._allocate(state.allocation, release, clipper, values))
         return state
 
     def selected_rows(self, state: PrivacyState, *, answer_std: float) -> RowIds:
@@ -216,10 +200,10 @@ class Adaptation:
         best = np.argsort(-state.word_scores, kind="stable")[: self.row_count]
         return np.sort(best[state.word_scores[best] > least]).astype(np.int64)
 
-    def metric_means(self, released: Released) -> dict[str, float]:
+    def metric_means(self, release: Release) -> dict[str, float]:
         """Return the released DP metrics by name; empty without any."""
-        riders = [rider for rider in self._metric_riders() if rider.name in released.answers]
-        return {key: value for rider in riders for key, value in rider.means(released.answers[rider.name]).items()}
+        riders = [rider for rider in self._metric_riders() if rider.name in release.answers]
+        return {key: value for rider in riders for key, value in rider.means(release.answers[rider.name]).items()}
 
     def _geometry(self, state: PrivacyState, spec: UpdateSpec) -> Geometry | None:
         allocated = state.allocation
@@ -255,19 +239,19 @@ class Adaptation:
         return (DPMetrics(share, self.metrics, self.metric_bounds),)
 
     def _allocate(
-        self, state: AllocationState, spec: UpdateSpec, clipper: Clipper, values: Vector, released: Released
+        self, state: AllocationState, release: Release, clipper: Clipper, values: Vector
     ) -> AllocationState:
         assert clipper.geometry is not None, "an allocation always has a geometry"
         noise = np.asarray(clipper.geometry.scales) * np.asarray(clipper.geometry.noise or 1.0)
         nothing = np.zeros(len(state.scales))
         return allocation.updated(
             state,
-            spec,
+            release.spec,
             values=values,
-            mean=released.mean,
-            noise_std=released.noise_std,
+            mean=release.mean,
+            noise_std=release.noise_std,
             noise=noise,
-            shares=released.answers.get(GroupShares.name, nothing),
+            shares=release.answers.get(GroupShares.name, nothing),
             adapts_scales=self.allocation == "adaptive",
         )
 

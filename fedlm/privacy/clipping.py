@@ -63,7 +63,7 @@ class ClippedSum:
     """The exact sum of clipped updates: the only thing that `PrivacyPlan.release` takes.
 
     Made by `PrivacyPlan.new_sum` (or a node's `Clipper`), filled by `add`, which clips. A sum counts once:
-    `add_sum` and `release` empty what they consume, and an emptied sum refuses all further use.
+    `release` empties what it consumes, and an emptied sum refuses all further use.
 
     Guarantee:
         Adding or removing one device changes the integer vector by a vector of exact L2 norm at most C (2^40
@@ -201,27 +201,6 @@ class ClippedSum:
         if encoder:
             self._accept(encoder.encode(fixed, encoder.device_generator(fixed)).view(np.int64))
         return ClipRecord(norm=norm, clipped=finite and clipped, finite=finite)
-
-    def add_sum(self, other: ClippedSum) -> None:
-        """Add another sum of the same plan and size, and empty it, so that it cannot be counted twice.
-
-        Raises:
-            DataError: Not a sum of the same clip norm and size, or the same object.
-            ConfigError: More devices than the sum can hold.
-        """
-        self._live()
-        if type(other) is not ClippedSum or other is self:
-            raise DataError(f"cannot add {type(other).__name__}; add_sum takes another ClippedSum")
-        if (other.size, other.clipper) != (self.size, self.clipper):
-            raise DataError(
-                f"sum of size {other.size:,} and clip norm {other.clip_norm} does not fit "
-                f"size {self.size:,} and clip norm {self.clip_norm}; use one plan and one update layout"
-            )
-        addend = other._live()
-        self._reserve(other.num_devices)
-        self._accept(addend)
-        self._num_devices += other.num_devices
-        other._vector = None
 
     def add_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> None:
         """Check a sum that came over the wire and add it.

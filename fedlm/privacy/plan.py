@@ -27,7 +27,7 @@ import numpy.typing as npt
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import accounting, cohorts
-from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
+from fedlm.privacy.adaptation import Adaptation, PrivacyState
 from fedlm.privacy.calibration import mechanism_of, noise_multiplier_of
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
@@ -36,7 +36,8 @@ from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
-from fedlm.privacy.riders import Floats
+from fedlm.privacy.release import Floats, Release
+from fedlm.privacy.riders import Rider
 from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.skellam import Skellam
 from fedlm.privacy.statement import figures, stamps, statement
@@ -57,6 +58,7 @@ class _Released:
     def __init__(self) -> None:
         self._rounds: set[int] = set()
         self._lock = Lock()
+        self.cohort_sizes: dict[int, int] = {}  # of the rounds whose cohort was sampled
 
     def claim(self, round_number: int, most: float) -> None:
         """Record the round before its noise is drawn; a failure afterwards still counts."""
@@ -229,27 +231,20 @@ class PrivacyPlan(PrivacyTerms):
             return None
         return self.mechanism.design(self.noise_multiplier, delta=self.delta, size=size)
 
-    def next_state(
-        self, state: PrivacyState, spec: UpdateSpec, round_number: int, *, values: Vector, released: Released
-    ) -> PrivacyState:
+    def next_state(self, state: PrivacyState, release: Release, *, clip: Clipper, values: Vector) -> PrivacyState:
         """Return the state after a round, from its release and public values alone.
 
         Arguments:
-            state, spec: Of the round.
-            round_number: t.
-            values: (P,) the model's values in the round.
-            released: What left.
+            state: Of the round.
+            release: What left.
+            clip: What the round's devices clipped with.
+            values: (P,) the model's values in the round, in the coordinates of the release.
         """
-        if not self.enabled:
-            return state
-        clipper = self.clipper(state, spec, round_number)
-        return self.adaptation.next(state, spec, clipper=clipper, values=values, released=released)
+        return self.adaptation.next(state, release, clipper=clip, values=values) if self.enabled else state
 
     def selected_rows(self, state: PrivacyState) -> npt.NDArray[np.int64]:
         """Return the sorted ids of the embedding rows that DP row selection chose; see `Adaptation.selected_rows`."""
-        share = self.adaptation.selection_share
-        noise = self.noise_multiplier * self.mechanism.noise_growth(self.expected_cohort)
-        std = noise / (share * self.expected_cohort) if self.enabled else 0.0
+        std = self._std(1.0, self.adaptation.selection_share) if self.enabled else 0.0
         return self.adaptation.selected_rows(state, answer_std=std)
 
     def sample_cohort(self, round_number: int) -> DeviceIds:
@@ -262,7 +257,9 @@ class PrivacyPlan(PrivacyTerms):
         cohort = cohorts.sample_cohort(self.fleet_rule, seed=self.seed, round_number=round_number)
         # Their noise is shared out among so many; that a cohort is larger has a part of delta.
         most = self.mechanism.max_devices if isinstance(self.mechanism, DistributedSkellam) else len(cohort)
-        return cohort[:most]
+        cohort = cohort[:most]
+        self._released.cohort_sizes[round_number] = len(cohort)
+        return cohort
 
     def new_ledger(self) -> ParticipationLedger:
         """Return an empty ledger of who takes part, with this plan's limits."""
@@ -277,12 +274,13 @@ class PrivacyPlan(PrivacyTerms):
         if self.enabled and self.mechanism.keeps_noise:
             self._noise.use_store(store)
 
-    def release(self, total: ClippedSum, round_number: int) -> Released:
+    def release(self, total: ClippedSum, round_number: int, spec: UpdateSpec | None = None) -> Release:
         """Return the noised means of a round: the only data of the devices that may leave.
 
         Arguments:
             total: The sum over all devices of the round that reported; emptied by this call.
             round_number: In 0..rounds; each once.
+            spec: What the devices sent, (P,); None: one dense block.
 
         Returns:
             mean: (P,) fp32: total / cohort + N(0, (z C / expected_cohort)^2), correlated over the rounds as the
@@ -293,6 +291,9 @@ class PrivacyPlan(PrivacyTerms):
             BudgetExceededError: The round, the sum or all planned releases are already spent.
         """
         self._check_sum(total, round_number)
+        spec = UpdateSpec.flat(total.size) if spec is None else spec
+        if total.size != spec.size:
+            raise DataError(f"cannot release a sum of {total.size:,} coordinates for a round of {spec.size:,}")
         total._live()
         self._released.claim(round_number, self.rounds if self.enabled else math.inf)
         clipper, num_devices = total.clipper, total.num_devices
@@ -303,13 +304,29 @@ class PrivacyPlan(PrivacyTerms):
             std = self.noise_multiplier * 2.0**FRACTION_BITS * (self.cohort / self.expected_cohort)
             reports = num_devices * self.expected_cohort / self.cohort
             self._noise.add_to(vector, std, round_number=round_number, clipper=clipper, num_reports=reports)
-        return self._means(vector, total.size, clipper)
+        return self._means(vector, spec, clipper)
 
-    def noise_std(self, clipper: Clipper) -> float:
-        """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled."""
-        growth = self.mechanism.noise_growth(self.expected_cohort)
-        scale = self.noise_multiplier * growth / (self.expected_cohort * clipper.update_share)
-        return scale * clipper.clip_norm if self.enabled else 0.0
+    def noise_std(self, clipper: Clipper, num_reports: float | None = None) -> float:
+        """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled.
+
+        Arguments:
+            clipper: Of the round.
+            num_reports: Devices that reported, of the accounted cohort; None: as many as are expected.
+        """
+        return self._std(clipper.clip_norm, clipper.update_share, num_reports) if self.enabled else 0.0
+
+    def answer_std(self, rider: Rider, num_reports: float | None = None) -> float:
+        """Return the standard deviation of a coordinate of a rider's released answer, in its own units."""
+        return self._std(rider.bound, rider.share, num_reports) if self.enabled else 0.0
+
+    def _std(self, bound: float, share: float, num_reports: float | None = None) -> float:
+        """Return the noise of a mean over the expected cohort, of queries with this bound and share of the clip norm.
+
+        z C / n is the noise of the whole vector's mean; a query that gets the share a of C and is bounded by b is scaled
+        by a C / b before the clip, and back afterwards.
+        """
+        growth = self.mechanism.noise_growth(self.expected_cohort if num_reports is None else num_reports)
+        return self.noise_multiplier * growth / (self.expected_cohort * share) * bound
 
     def _check_sum(self, total: ClippedSum, round_number: int) -> None:
         is_ours = type(total) is ClippedSum and (total.clip_norm < math.inf) == self.enabled
@@ -324,7 +341,8 @@ class PrivacyPlan(PrivacyTerms):
                 f"cannot release a sum whose devices added other noise than that of the mechanism "
                 f"{self.mechanism.name!r}; make it with this plan's clipper"
             )
-        sampled = self.sample_cohort(round_number).size
+        known = self._released.cohort_sizes
+        sampled = known[round_number] if round_number in known else len(self.sample_cohort(round_number))
         if total.num_devices > sampled:
             raise DataError(
                 f"sum of {total.num_devices:,} devices, but round {round_number} sampled {sampled:,}; "
@@ -338,8 +356,9 @@ class PrivacyPlan(PrivacyTerms):
             return clipper
         return replace(clipper, encoder=replace(encoder, debug_key=self._noise.device_key(round_number)))
 
-    def _means(self, vector: IntVector, size: int, clipper: Clipper) -> Released:
+    def _means(self, vector: IntVector, spec: UpdateSpec, clipper: Clipper) -> Release:
         """Return update and answers from the noised integers, each in its own units."""
+        size = spec.size
         mean = _scaled(vector[:size], clipper.unit / self.cohort / clipper.update_share)
         if clipper.geometry:
             clipper.geometry.restore(mean)
@@ -349,7 +368,7 @@ class PrivacyPlan(PrivacyTerms):
             scale = clipper.unit / (rider.share * clipper.clip_norm / rider.bound) / self.cohort
             answers[rider.name] = vector[place : place + rider.size].astype(np.float64) * scale
             place += rider.size
-        return Released(mean, answers, self.noise_std(clipper))
+        return Release(spec, mean, answers, self.noise_std(clipper))
 
     def check_release(self, num_releases_so_far: int) -> None:
         """Raise `BudgetExceededError` if one more release would go beyond the T that are paid for."""

@@ -7,7 +7,7 @@ be written, nor be clipped, nor be added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlm.errors import DataError
-from fedlm.trainable.spec import RowIds, Vector
+from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,27 @@ class Part:
             target[self.rows] += values
 
 
-def dense(parts: Sequence[Part], size: int) -> Vector:
-    """Return the whole vector (P,) of an update in parts."""
-    vector = np.zeros(size, np.float32)
+def restricted(parts: Sequence[Part], trained: UpdateSpec, sent: UpdateSpec) -> list[Part]:
+    """Return the parts of an update that lie in the blocks of another spec, at their places there.
+
+    Arguments:
+        parts: Runs that begin and end with blocks, and rows of single blocks, as local training gives them.
+        trained: Where the parts lie.
+        sent: Some of its blocks, with the same row set.
+    """
+    places = {block.name: block.offset for block in sent.blocks}
+    found: list[Part] = []
     for part in parts:
-        part.add_to(vector, part.values)
-    return vector
+        for block in trained.blocks:
+            is_inside = part.offset <= block.offset and block.offset + block.size <= part.stop
+            if block.name not in places:
+                continue
+            if part.rows is not None and block.offset == part.offset:
+                found.append(replace(part, offset=places[block.name]))
+            elif part.rows is None and is_inside:
+                start = block.offset - part.offset
+                found.append(Part(places[block.name], part.values[start : start + block.size]))
+    return sorted(found, key=lambda part: part.offset)
 
 
 def check_parts(parts: Sequence[Part], size: int) -> None:

@@ -3,9 +3,9 @@
 LoRA factors, biases, dense tensors and embedding rows are all blocks of one vector; clipping, summing, noise, server
 optimisers, payload figures and the wire format see only the spec and the vector (METHODS.md section 1).
 
-Two specs describe a run. The *full* spec has every trainable coordinate, with all V rows of the embedding; the server's
-state and the optimiser's moments live there. The *round* spec, `full.with_rows(row_ids)`, keeps only the rows of the
-round's public row set; this is what travels.
+The *full* spec has every coordinate that the server may change, with all V rows of the embedding; the server's state and
+the optimiser's moments live there. A *round* spec, `full.with_rows(row_ids)`, keeps only the rows of the round's public
+row set, and only the named blocks where a round trains, sends or changes some of them (`fedlm.strategy.Strategy`).
 
 >>> import numpy as np
 >>> full = UpdateSpec.build([("w", "dense", (2,)), ("input_table", "rows", (4, 3))])
@@ -18,7 +18,7 @@ round's public row set; this is what travels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -83,16 +83,32 @@ class UpdateSpec:
             offset += blocks[-1].size
         return cls(tuple(blocks))
 
-    def with_rows(self, row_ids: RowIds) -> UpdateSpec:
-        """Return the spec of one round, whose `rows` blocks hold only `row_ids` (sorted, unique)."""
+    @classmethod
+    def flat(cls, size: int) -> UpdateSpec:
+        """Return the spec of a vector (size,) that is one dense block."""
+        return cls.build([("update", "dense", (size,))])
+
+    def with_rows(self, row_ids: RowIds, names: Collection[str] | None = None) -> UpdateSpec:
+        """Return the spec of one round, whose `rows` blocks hold only `row_ids` (sorted, unique).
+
+        Arguments:
+            row_ids: The round's row set (S,).
+            names: The blocks that take part; None: all.
+        """
         assert self.full is None, "rows are selected from the full spec"
-        parts = [(b.name, b.kind, (len(row_ids), *b.shape[1:]) if b.kind == "rows" else b.shape) for b in self.blocks]
+        chosen = [block for block in self.blocks if names is None or block.name in names]
+        parts = [(b.name, b.kind, (len(row_ids), *b.shape[1:]) if b.kind == "rows" else b.shape) for b in chosen]
         return replace(UpdateSpec.build(parts), row_ids=row_ids, full=self)
 
     @cached_property
     def size(self) -> int:
         """Number of coordinates, P."""
         return sum(block.size for block in self.blocks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The blocks' names, in order."""
+        return tuple(block.name for block in self.blocks)
 
     @property
     def num_bytes(self) -> int:

@@ -82,14 +82,28 @@ class GroupTrainer:
         self._trainable, self._config, self._frequencies = trainable, config, frequencies
         self._table = WholeTable(trainable.model) if _needs_whole_table(config) else None
         self.largest_group = 1 if self._table else config.execution.group_size
-        self._group = Group(trainable, self.largest_group, is_rounded=config.execution.products == "bf16")
-        self._body = group_body(trainable.model, self._group)
+        self._moving: list[str] | None = None
 
     def start_round(self, spec: UpdateSpec, blocks: Mapping[str, Vector]) -> None:
         """Prepare for the devices of one round; see `LocalTrainer.start_round`."""
         self._round = RoundWork(self._trainable.model, self._config, self._frequencies, spec, blocks)
+        self._build_body()
         if self._table is not None:
             self._table.start_round(self._round)
+
+    def _build_body(self) -> None:
+        """Exchange the model's leaves, unless the last round's will do.
+
+        What may train but does not move in this round is frozen at its current values.
+        """
+        moving, is_rounded = self._round.parameters, self._config.execution.products == "bf16"
+        some_rest = len(moving) < len(self._trainable.parameters)
+        if some_rest:
+            self._trainable.load(self._round.blocks)
+        if moving != self._moving or (some_rest and is_rounded):  # rounded copies of frozen weights may be old
+            self._group = Group(self._trainable, moving, self.largest_group, is_rounded=is_rounded)
+            self._body = group_body(self._trainable.model, self._group)
+            self._moving = moving
 
     def train(
         self, tokens: Sequence[npt.NDArray[np.int32]], *, key: bytes, devices: Sequence[int]
@@ -120,7 +134,8 @@ class _Program:
         self._work = work
         model = trainer._trainable.model
         kind = OwnRows if self._round.spec.row_blocks else CommonRows
-        self._rows: CommonRows | OwnRows | WholeTable = trainer._table or kind(model, self._round)
+        table = trainer._table if self._round.spec.row_blocks else None
+        self._rows: CommonRows | OwnRows | WholeTable = table or kind(model, self._round)
         self._output_name = OUTPUT_TABLE if not model.tied else INPUT_TABLE
         self._places = self._rows.open([_occurrences(w) for w in work])
         self._read = [0] * len(work)  # occurrences of each device that its steps have used

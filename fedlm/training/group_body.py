@@ -12,7 +12,7 @@ N = S T; rows of the body's input are device by device, (G S, T, D).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,15 +34,18 @@ class Group:
 
     Arguments:
         trainable: The model and what trains in it.
+        moving: Names of the tensors that train; the others of `trainable` are frozen, as the model holds them.
         capacity: Most devices of a group.
         is_rounded: Frozen weights, and what they multiply, are rounded to bf16.
     """
 
-    def __init__(self, trainable: Trainable, capacity: int, *, is_rounded: bool = False) -> None:
+    def __init__(
+        self, trainable: Trainable, moving: Collection[str], capacity: int, *, is_rounded: bool = False
+    ) -> None:
         self.capacity, self.num_active, self.is_rounded = capacity, 0, is_rounded
         self.dropouts: list[torch.Generator] = []
         self.sizes: list[tuple[int, int]] = []  # (sequences, tokens) of each active device's batch, without padding
-        fixed = [block for block in trainable.spec.blocks if block.kind != "rows"]
+        fixed = [block for block in trainable.spec.blocks if block.kind != "rows" and block.name in moving]
         self._slots = {id(trainable.parameters[b.name]): _Slot(self, b, capacity) for b in fixed}
 
     def slot(self, parameter: Tensor | None) -> _Slot | None:
@@ -160,13 +163,13 @@ class GroupLinear(nn.Module):
         self.weight_slot, self.bias_slot = group.slot(linear.weight), group.slot(linear.bias)
         is_rounded = group.is_rounded and self.weight_slot is None
         self.rounded = self.weight.bfloat16() if is_rounded else None  # (out, in)
-        self.a_slot = self.b_slot = self.a = None
+        self.a_slot = self.b_slot = self.a = self.b = None
         self.scale = 0.0
         if lora is not None:
             factor_a, factor_b = (_plain_linear(f["default"]).weight for f in (lora.lora_A, lora.lora_B))
-            self.a, self.scale = factor_a.detach(), float(lora.scaling["default"])
+            self.a, self.b, self.scale = factor_a.detach(), factor_b.detach(), float(lora.scaling["default"])
             self.a_slot, self.b_slot = group.slot(factor_a), group.slot(factor_b)
-        self._is_plain = self.rounded is None and not any((self.weight_slot, self.bias_slot, self.b_slot))
+        self._is_plain = self.rounded is None and not any((self.weight_slot, self.bias_slot, lora))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (G S, ..., in) to (G S, ..., out)."""
@@ -179,6 +182,11 @@ class GroupLinear(nn.Module):
         """Return A of every active device, (G, R, in)."""
         assert self.a is not None
         return self.a.expand(self.group.num_active, -1, -1) if self.a_slot is None else self.a_slot.value
+
+    def factor_b(self) -> Tensor:
+        """Return B of every active device, (G, out, R)."""
+        assert self.b is not None
+        return self.b.expand(self.group.num_active, -1, -1) if self.b_slot is None else self.b_slot.value
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + b of each device: (G, N, in) to (G, N, out)."""
@@ -212,9 +220,9 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(layer.group.num_active, -1, x.shape[-1])  # (G, N, in)
         y = layer.product(flat)  # (G, N, out)
         low = None
-        if layer.b_slot is not None:
+        if layer.b is not None:
             low = torch.bmm(flat, layer.factor_a().transpose(1, 2))  # (G, N, R)
-            y.baddbmm_(low, layer.b_slot.value.transpose(1, 2), alpha=layer.scale)
+            y.baddbmm_(low, layer.factor_b().transpose(1, 2), alpha=layer.scale)
         ctx.save_for_backward(flat, low)
         ctx.layer, ctx.shape = layer, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -229,9 +237,10 @@ class _Linear(torch.autograd.Function):
             layer.weight_slot.add_product(grad.transpose(1, 2), flat)
         if layer.bias_slot is not None:
             layer.bias_slot.add(grad.sum(1))
-        if layer.b_slot is not None:
-            g_low = torch.bmm(grad, layer.b_slot.value)  # (G, N, R)
-            layer.b_slot.add_product(grad.transpose(1, 2), low, layer.scale)
+        if layer.b is not None:
+            g_low = torch.bmm(grad, layer.factor_b())  # (G, N, R)
+            if layer.b_slot is not None:
+                layer.b_slot.add_product(grad.transpose(1, 2), low, layer.scale)
             if layer.a_slot is not None:
                 layer.a_slot.add_product(g_low.transpose(1, 2), flat, layer.scale)
             if g_x is not None:

@@ -63,8 +63,8 @@ class LocalTrainer:
         """Prepare for the devices of one round.
 
         Arguments:
-            spec: The round's spec.
-            blocks: Current values of everything that trains: the blocks of the full spec, by name.
+            spec: What moves in the round.
+            blocks: Current values of everything that may train: the blocks of the full spec, by name.
         """
         self._round = RoundWork(self._trainable.model, self._config, self._frequencies, spec, blocks)
 
@@ -122,7 +122,7 @@ class LocalTrainer:
 
     def _descend(self, loss: Tensor, tables: _CompactTables) -> None:
         local = self._config.local
-        fixed = [(p, p, local.learning_rate) for p in self._trainable.parameters.values()]
+        fixed = [(p, p, local.learning_rate) for p in map(self._trainable.parameters.__getitem__, self._round.parameters)]
         leaves = fixed + tables.leaves(local.learning_rate, local.row_learning_rate)
         gradients = torch.autograd.grad(loss, [leaf for leaf, _, _ in leaves], allow_unused=True)
         with torch.no_grad():
@@ -143,8 +143,8 @@ class LocalTrainer:
     def _update(self, tables: _CompactTables) -> Vector:
         update = np.zeros(self._round.spec.size, np.float32)
         views = self._round.spec.views(update)
-        for name, parameter in self._trainable.parameters.items():
-            np.subtract(parameter.numpy(), self._round.blocks[name], out=views[name])
+        for name in self._round.parameters:
+            np.subtract(self._trainable.parameters[name].numpy(), self._round.blocks[name], out=views[name])
         slots = self._round.slot[tables.ids[: tables.num_moving].numpy()]
         for name, moved in tables.moved():
             views[name][slots] = moved.numpy()

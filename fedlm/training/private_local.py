@@ -127,7 +127,7 @@ class _DeviceTask(Task[Batch]):
     ) -> None:
         self.model = trainable.model
         self._language_model, self._config, self._negatives = trainable.model, config, negatives
-        self._parameters = trainable.parameters
+        self._parameters = {name: trainable.parameters[name] for name in work.parameters}
         moving = np.flatnonzero(work.slot >= 0)  # (S,) sorted, as the round's rows are
         used = np.unique(np.concatenate([text.inputs.ravel(), text.targets.ravel(), *negatives]))
         if config.loss.kind == "full_softmax":
@@ -149,8 +149,8 @@ class _DeviceTask(Task[Batch]):
             num_moving=self._num_moving,
         )
         moved = compact if self._num_moving else {}
-        self.trained = {**trainable.parameters, **moved}
-        self.moving = {**trainable.parameters, **{name: table[: self._num_moving] for name, table in moved.items()}}
+        self.trained = {**self._parameters, **moved}
+        self.moving = {**self._parameters, **{name: table[: self._num_moving] for name, table in moved.items()}}
         """What a release is added to, by name: parameters, and the moving rows of the tables."""
 
     def num_examples(self, batch: Batch) -> int:

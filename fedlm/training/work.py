@@ -43,8 +43,8 @@ class RoundWork:
         model: The model that trains.
         config: The experiment.
         frequencies: Public word frequencies (V,).
-        spec: The round's spec.
-        blocks: Current values of everything that trains: the blocks of the full spec, by name.
+        spec: What moves in the round.
+        blocks: Current values of everything that may train: the blocks of the full spec, by name.
     """
 
     def __init__(
@@ -62,8 +62,13 @@ class RoundWork:
             rows = np.arange(model.vocabulary_size if spec.row_blocks else 0)
         self._noise = NoiseDistribution(frequencies, config.loss, rows)
         self.log_expected = torch.from_numpy(self._noise.log_expected)  # (V,) log of the expected count, K q
-        self.slot = np.full(model.vocabulary_size, -1, np.int64)  # (V,) place in the row set or -1
-        self.slot[rows] = np.arange(len(rows))
+        self._in_set = np.zeros(model.vocabulary_size, np.bool_)  # (V,)
+        self._in_set[rows] = True
+        moving = rows if spec.row_blocks else rows[:0]
+        self.slot = np.full(model.vocabulary_size, -1, np.int64)  # (V,) place in the row set, or -1: does not move
+        self.slot[moving] = np.arange(len(moving))
+        self.parameters = [block.name for block in spec.blocks if block.kind != "rows"]
+        """Names of the trained tensors of the body."""
 
     def of(self, tokens: npt.NDArray[np.int32], *, key: bytes, device: int) -> DeviceWork:
         """Return one device's work.
@@ -96,6 +101,6 @@ class RoundWork:
     def counted(self, batch: Batch) -> npt.NDArray[np.bool_]:
         """Return which targets of a batch count (B, T): the real ones, or those of the row set alone."""
         if self._config.loss.negatives_from == "rows":
-            inside: npt.NDArray[np.bool_] = batch.mask & (self.slot[batch.targets] >= 0)
+            inside: npt.NDArray[np.bool_] = batch.mask & self._in_set[batch.targets]
             return inside
         return batch.mask

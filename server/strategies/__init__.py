@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedlm.strategy import SumStrategy
+from fedlm.strategy import Strategy
 from server.strategies.fedadam import FedAdam
 from server.strategies.fedavg import FedAvg
 
-BUILT_IN: dict[str, type[SumStrategy]] = {"fedavg": FedAvg, "fedadam": FedAdam}
+BUILT_IN: dict[str, type[Strategy]] = {"fedavg": FedAvg, "fedadam": FedAdam}

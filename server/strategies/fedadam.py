@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlm.strategy import StrategyState, SumStrategy
+from fedlm.strategy import Release, ServerOptimizer, StrategyState
 from fedlm.trainable.spec import Vector
 
 
-class FedAdam(SumStrategy):
+class FedAdam(ServerOptimizer):
     """Server Adam on the noised mean update."""
 
     slot_names = ("m", "v")
 
-    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Update both moments in place and move along their ratio."""
-        c, m, v = self.config, state.slots["m"], state.slots["v"]
+        c, m, v, mean = self.config, state.slots["m"], state.slots["v"], release.mean
         m *= np.float32(c.beta1)
         m += np.float32(1 - c.beta1) * mean
         v *= np.float32(c.beta2)
         v += np.float32(1 - c.beta2) * mean * mean
         root = np.sqrt(v / np.float32(1 - c.beta2**state.num_steps))
         direction = m / np.float32(1 - c.beta1**state.num_steps) / (root + np.float32(c.epsilon))
-        return values + np.float32(c.learning_rate) * direction, {"step_norm": float(np.linalg.norm(direction))}
+        return state.values + np.float32(c.learning_rate) * direction, {"step_norm": float(np.linalg.norm(direction))}

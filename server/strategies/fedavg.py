@@ -8,13 +8,13 @@ With user-level DP the mean is the clipped, noised mean over the expected cohort
 
 from __future__ import annotations
 
-from fedlm.strategy import StrategyState, SumStrategy
+from fedlm.strategy import Release, ServerOptimizer, StrategyState
 from fedlm.trainable.spec import Vector
 
 
-class FedAvg(SumStrategy):
+class FedAvg(ServerOptimizer):
     """Server SGD with learning rate `strategy.learning_rate`; 1.0 is plain averaging."""
 
-    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Move by the learning rate along the mean update."""
-        return values + self.config.learning_rate * mean, {}
+        return state.values + self.config.learning_rate * release.mean, {}

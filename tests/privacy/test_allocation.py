@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import DataError
-from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
+from fedlm.privacy.adaptation import Adaptation, PrivacyState
 from fedlm.privacy.allocation import (
     LARGEST_SCALE,
     AllocationState,
@@ -26,6 +26,7 @@ from fedlm.privacy.allocation import (
     updated,
 )
 from fedlm.privacy.riders import DPMetrics
+from fedlm.privacy.release import Release
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 SPEC = UpdateSpec.build(
@@ -238,14 +239,12 @@ def test_a_private_state_is_a_function_of_releases_through_storage() -> None:
     values = spread(np.ones(GROUPS))
     for number in range(1, 5):
         answers = {"clip_bit": rng.normal(0.2, 0.05, 1), "group_shares": rng.normal(1 / 3, 0.05, GROUPS)}
-        released = Released(rng.standard_normal(SPEC.size).astype(np.float32), answers, NOISE)
-        one = adaptation.next(
-            one, SPEC, clipper=adaptation.clipper(one, SPEC, number), values=values, released=released
-        )
+        release = Release(SPEC, rng.standard_normal(SPEC.size).astype(np.float32), answers, NOISE)
+        one = adaptation.next(one, release, clipper=adaptation.clipper(one, SPEC, number), values=values)
         restored = Adaptation.from_fields(json.loads(json.dumps(adaptation.to_fields())))
         other = PrivacyState.from_text(other.to_text(), None)
         clipper = restored.clipper(other, SPEC, number)
-        other = restored.next(other, SPEC, clipper=clipper, values=values, released=released)
+        other = restored.next(other, release, clipper=clipper, values=values)
     assert one.to_text() == other.to_text()
     assert one.clip_norm < 1.0, "more updates within the clip norm than wanted: it falls"
 

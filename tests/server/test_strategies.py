@@ -1,4 +1,4 @@
-"""Built-in strategies against torch's optimisers, and the streaming contract."""
+"""Built-in strategies against torch's optimisers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlm.config.schema import PrivacyConfig, StrategyConfig
-from fedlm.errors import BudgetExceededError
-from fedlm.privacy.clipping import ClippedSum
-from fedlm.privacy.plan import PrivacyPlan
+from fedlm.config.schema import StrategyConfig
 from fedlm.strategy import Release, Strategy
 from fedlm.trainable.spec import UpdateSpec, Vector
 from server.strategies import BUILT_IN
@@ -18,15 +15,12 @@ FULL = UpdateSpec.build([("w", "dense", (7,)), ("input_table", "rows", (10, 3))]
 
 
 def run(kind: str, means: list[Vector], rows: list[np.ndarray], values: Vector, config: StrategyConfig) -> Vector:
-    plan = PrivacyPlan.create(PrivacyConfig(enabled=False), rounds=99, fleet_size=9, cohort=3, seed=0)
     strategy = BUILT_IN[kind](config)
     assert isinstance(strategy, Strategy)
     state = strategy.init(FULL, values.copy())
     for mean, ids in zip(means, rows, strict=True):
         spec = FULL.with_rows(ids)
-        state = strategy.accumulate(state, plan.new_sum(spec.size))
-        state, _ = strategy.finish(state, Release(spec, lambda total, mean=mean: mean))  # type: ignore[misc]
-        assert state.total is None
+        state, _ = strategy.step(state, Release(spec, mean.copy(), {}, noise_std=0.0))
     return state.values
 
 
@@ -72,19 +66,3 @@ def test_rows_outside_the_set_are_not_touched(kind: str, problem: tuple[list[Vec
     outside = np.setdiff1d(np.arange(10), ids)
     assert np.array_equal(after_table[outside], before_table[outside])
     assert (after_table[ids] != before_table[ids]).all()
-
-
-def test_contributions_stream_into_one_sum() -> None:
-    plan = PrivacyPlan.create(PrivacyConfig(enabled=False), rounds=9, fleet_size=9, cohort=9, seed=0)
-    strategy = BUILT_IN["fedavg"](StrategyConfig(learning_rate=1.0))
-    spec = FULL.with_rows(np.arange(10))
-    state = strategy.init(FULL, np.zeros(FULL.size, np.float32))
-    for device in range(9):
-        part: ClippedSum = plan.new_sum(spec.size)
-        part.add(np.full(spec.size, device, np.float32))
-        state = strategy.accumulate(state, part)
-        if device:
-            with pytest.raises(BudgetExceededError, match="already"):
-                part.to_arrays()  # taken in whole: it cannot be counted again
-    state, _ = strategy.finish(state, Release(spec, lambda total: plan.release(total, 1).mean))
-    np.testing.assert_allclose(state.values, np.full(spec.size, sum(range(9)) / 9), rtol=1e-6)

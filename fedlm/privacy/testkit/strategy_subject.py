@@ -5,7 +5,7 @@ All that the kit needs of `PrivacyPlan` is in this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,17 +14,19 @@ import numpy as np
 
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
-from fedlm.privacy.adaptation import PrivacyState, Released
+from fedlm.privacy.adaptation import PrivacyState
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
+from fedlm.privacy.release import Release
 from fedlm.privacy.riders import DPMetrics, Facts, WordMap
 from fedlm.privacy.testkit.facts import facts_of
-from fedlm.privacy.testkit.failure import PrivacyTestFailure
 from fedlm.privacy.testkit.subject import Claim, Floats, Outcome, Setting, Subject
 from fedlm.privacy.testkit.whitening import whitening
 from fedlm.randomness import seed_key, stream
-from fedlm.strategy import Release, Strategy, StrategyState
+from fedlm.round_specs import RoundSpecs
+from fedlm.server_step import ServerState, step
+from fedlm.strategy import Strategy, StrategyState
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 StrategyMaker = Callable[[StrategyConfig], Strategy]
@@ -72,10 +74,11 @@ class StrategyRun:
         self._keys = _Keys([])
         self._plan.keep_keys(self._keys)
         full = _full_spec(setting.size)
-        self._public_spec = _public_spec(setting.size)
-        self._privacy = _seasoned(self._plan.first_state(self._public_spec), self._plan.adaptation.allocation)
+        first = self._plan.first_state(full.with_rows(_public_rows(setting.size)))
         values = stream(seed_key(setting.seed), "values").standard_normal(full.size, np.float32)  # (P_full,)
-        self._state = self._strategy.init(full, values)
+        self._state = ServerState(
+            self._strategy.init(full, values), _seasoned(first, self._plan.adaptation.allocation)
+        )
 
     @cached_property
     def claim(self) -> Claim:
@@ -98,101 +101,103 @@ class StrategyRun:
 
     def round(self, round_number: int, updates: Mapping[int, Vector]) -> Outcome:
         """Add up, release, step."""
-        return self._step(round_number, updates, lambda total: self._release(total, round_number))
+        specs, clip = self._open(round_number)
+        total = self._sum(clip, updates)
+        return self._step(specs, clip, self._release(total, round_number, specs.sends), len(updates))
 
-    def _spec(self, round_number: int) -> UpdateSpec:
-        """Return the round's: public rows, or those that DP row selection chose, filled up to the same number."""
+    def _open(self, round_number: int) -> tuple[RoundSpecs, Clipper]:
+        """Return what takes part in a round and what clips.
+
+        Raises:
+            ConfigError: Devices send less than all blocks, of which the kit's updates consist.
+        """
+        specs = RoundSpecs.of(
+            self._strategy, _full_spec(self._setting.size), round_number, self._row_ids(round_number)
+        )
+        if specs.sends.size != self._setting.size:
+            raise ConfigError(
+                f"{type(self._strategy).__name__}.sends leaves out blocks in round {round_number}; the kit examines "
+                "strategies whose devices send all blocks: let it check `step` in a subclass that sends them"
+            )
+        return specs, self._plan.clipper(self._state.privacy, specs.sends, round_number)
+
+    def _row_ids(self, round_number: int) -> RowIds:
+        """Return public rows, or those that DP row selection chose, filled up to the same number."""
+        public = _public_rows(self._setting.size)
         if self._rows_config is None or round_number <= self._rows_config.selection_rounds:
-            return self._public_spec
-        chosen, public = self._plan.selected_rows(self._privacy), _public_rows(self._setting.size)
+            return public
+        chosen = self._plan.selected_rows(self._state.privacy)
         rest = np.setdiff1d(public, chosen)
-        return _full_spec(self._setting.size).with_rows(np.sort(np.append(chosen, rest[: len(public) - len(chosen)])))
+        return np.sort(np.append(chosen, rest[: len(public) - len(chosen)]))
 
     def replay(self, round_number: int, updates: Mapping[int, Vector], release: Floats) -> Outcome:
         """Step on a release of the journal, as a resumed run does."""
-        clipper = self._plan.clipper(self._privacy, self._spec(round_number), round_number)
+        specs, clip = self._open(round_number)
         if self._plan.mechanism.keeps_noise:
             # It goes on from the draws of all earlier rounds; reproducible, they are those of the recording.
-            self._plan.release(clipper.new_sum(self._setting.size), round_number)
-        return self._step(round_number, updates, lambda total: self._split(release, clipper))
+            self._plan.release(clip.new_sum(self._setting.size), round_number, specs.sends)
+        return self._step(specs, clip, self._split(release, clip, specs.sends), len(updates))
 
     def restarted(self) -> Subject:
         """Return a new plan and a new strategy with the checkpointed state and the keys on disk."""
         other = type(self)(*self._arguments)
-        slots = {name: array.copy() for name, array in self._state.slots.items()}
-        other._state = StrategyState(self._state.values.copy(), slots, self._state.num_steps)
-        other._privacy, other._keys = self._privacy, _Keys(self._keys.keys())
+        model = self._state.model
+        slots = {name: array.copy() for name, array in model.slots.items()}
+        other._state = ServerState(StrategyState(model.values.copy(), slots, model.num_steps), self._state.privacy)
+        other._keys = _Keys(self._keys.keys())
         other._plan.keep_keys(other._keys)
         return other
 
-    def _release(self, total: ClippedSum, round_number: int) -> Released:
-        return self._plan.release(total, round_number)
+    def _release(self, total: ClippedSum, round_number: int, spec: UpdateSpec) -> Release:
+        return self._plan.release(total, round_number, spec)
 
-    def _contributions(self, clipper: Clipper, updates: Mapping[int, Vector]) -> Iterable[ClippedSum]:
-        """Yield a sum for each device, after the empty one that the engine opens the round with."""
-        yield clipper.new_sum(self._setting.size)
-        for device in updates:
-            total = clipper.new_sum(self._setting.size)
-            total.add(updates[device], self._facts(clipper, updates[device]))
-            yield total
+    def _sum(self, clipper: Clipper, updates: Mapping[int, Vector]) -> ClippedSum:
+        """Return the cohort's sum, of a sum for each device as nodes send them."""
+        total = clipper.new_sum(self._setting.size)
+        for update in updates.values():
+            one = clipper.new_sum(self._setting.size)
+            one.add(update, self._facts(clipper, update))
+            total.add_arrays(*one.to_arrays())
+        return total
 
     def _facts(self, clipper: Clipper, update: Vector) -> Facts:
         asked = any(isinstance(rider, DPMetrics | WordMap) for rider in clipper.riders)
         return facts_of(update, len(_public_rows(self._setting.size)) * 2) if asked else Facts()
 
-    def _step(
-        self, round_number: int, updates: Mapping[int, Vector], mean: Callable[[ClippedSum], Released]
-    ) -> Outcome:
-        spec = self._spec(round_number)
-        clipper = self._plan.clipper(self._privacy, spec, round_number)
-        state, values = replace(self._state, total=None), spec.gather(self._state.values)
-        for contribution in self._contributions(clipper, updates):
-            state = self._strategy.accumulate(state, contribution)
-        found: list[Released] = []
+    def _step(self, specs: RoundSpecs, clip: Clipper, release: Release, num_reports: int) -> Outcome:
+        # A strategy may write into the mean.
+        flat = np.concatenate([release.mean, *(release.answers[rider.name] for rider in clip.riders)])
+        self._state, diagnostics = step(
+            self._strategy, self._plan, self._state, release, clip=clip, changes=specs.changes
+        )
+        return Outcome(flat.astype(np.float64), self._std(clip, num_reports), self._public(diagnostics, specs))
 
-        def noted(total: ClippedSum) -> Vector:
-            found.append(mean(total))
-            return found[-1].mean.copy()  # a strategy may write into it
-
-        self._state, diagnostics = self._strategy.finish(state, Release(spec, noted))
-        if len(found) != 1:
-            raise PrivacyTestFailure(
-                f"contract: round {round_number} asked for release.mean {len(found)} times; finish must ask once"
-            )
-        released = found[0]
-        self._privacy = self._plan.next_state(self._privacy, spec, round_number, values=values, released=released)
-        flat = np.concatenate([released.mean, *(released.answers[rider.name] for rider in clipper.riders)])
-        return Outcome(flat.astype(np.float64), self._std(clipper, len(updates)), self._public(diagnostics, spec))
-
-    def _std(self, clipper: Clipper, num_reports: int) -> Floats:
+    def _std(self, clip: Clipper, num_reports: int) -> Floats:
         """Return the stated noise (P + Q,) of the mean and of each rider's answer, in their own units."""
-        one = self._plan.noise_multiplier / self._plan.expected_cohort
-        std = np.full(self._setting.size, one * clipper.clip_norm / clipper.update_share, np.float32)  # (P,)
-        if clipper.geometry:
-            clipper.geometry.restore(std)
-            for start, stop, factor in clipper.geometry.noise_spans():
+        std = np.full(self._setting.size, self._plan.noise_std(clip, num_reports), np.float32)  # (P,)
+        if clip.geometry:
+            clip.geometry.restore(std)
+            for start, stop, factor in clip.geometry.noise_spans():
                 std[start:stop] *= np.float32(factor)
-        answers = [np.full(rider.size, one * rider.bound / rider.share) for rider in clipper.riders]
-        # Each report of local privacy hides two updates 2 C apart.
-        growth = 2 * max(num_reports, 1) ** 0.5 if self.claim.by_report else 1.0
-        return np.concatenate([std.astype(np.float64), *answers]) * growth
+        answers = [np.full(rider.size, self._plan.answer_std(rider, num_reports)) for rider in clip.riders]
+        return np.concatenate([std.astype(np.float64), *answers])
 
-    def _split(self, release: Floats, clipper: Clipper) -> Released:
+    def _split(self, release: Floats, clip: Clipper, spec: UpdateSpec) -> Release:
         """Return what the plan released as the flat vector (P + Q,)."""
-        place, answers = self._setting.size, {}
-        for rider in clipper.riders:
+        place, answers = spec.size, {}
+        for rider in clip.riders:
             answers[rider.name] = release[place : place + rider.size]
             place += rider.size
-        mean = release[: self._setting.size].astype(np.float32)
-        return Released(mean, answers, self._plan.noise_std(clipper))
+        return Release(spec, release[: spec.size].astype(np.float32), answers, self._plan.noise_std(clip))
 
-    def _public(self, diagnostics: Mapping[str, float], spec: UpdateSpec) -> dict[str, Any]:
-        state = {"values": self._state.values.copy(), "num_steps": np.array(self._state.num_steps)}
-        state["privacy state"] = np.frombuffer(self._privacy.to_text().encode(), np.uint8)
-        state["row ids"] = np.array(spec.row_ids)
-        if self._privacy.word_scores is not None:
-            state["word scores"] = self._privacy.word_scores.copy()
-        state |= {f"slot {name}": array.copy() for name, array in self._state.slots.items()}
+    def _public(self, diagnostics: Mapping[str, float], specs: RoundSpecs) -> dict[str, Any]:
+        model, privacy = self._state.model, self._state.privacy
+        state = {"values": model.values.copy(), "num_steps": np.array(model.num_steps)}
+        state["privacy state"] = np.frombuffer(privacy.to_text().encode(), np.uint8)
+        state["row ids"] = np.array(specs.sends.row_ids)
+        if privacy.word_scores is not None:
+            state["word scores"] = privacy.word_scores.copy()
+        state |= {f"slot {name}": array.copy() for name, array in model.slots.items()}
         return state | {f"diagnostic {name}": np.array(value) for name, value in diagnostics.items()}
 
 
@@ -266,11 +271,6 @@ def _full_spec(size: int) -> UpdateSpec:
     return UpdateSpec.build(
         [("w", "dense", (size // 4,)), ("b", "bias", (size // 4,)), ("input_table", "rows", (2 * (size // 8), 4))]
     )
-
-
-@lru_cache(maxsize=8)
-def _public_spec(size: int) -> UpdateSpec:
-    return _full_spec(size).with_rows(_public_rows(size))
 
 
 def _public_rows(size: int) -> RowIds:

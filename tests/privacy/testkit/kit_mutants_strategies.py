@@ -6,91 +6,96 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from kit_registry import Averaging, run_mutant, strategy_mutant
+from kit_registry import MUTANTS, Averaging, run_mutant, strategy_mutant
 
-from fedlm.privacy.testkit import StrategyRun
+from fedlm.privacy.testkit import StrategyRun, StrategySubject
 from fedlm.strategy import Release, StrategyState
 
 
-@strategy_mutant("a strategy that doubles a sum behind its back", "clip bound")
-class _Writes(Averaging):
-    def accumulate(self, state: StrategyState, contribution: Any) -> StrategyState:
-        vector = contribution._live()
+@run_mutant("a sum doubled behind the plan's back", "clip bound")
+class _Doubles(StrategyRun):
+    def _sum(self, clipper: Any, updates: Any) -> Any:
+        total = super()._sum(clipper, updates)
+        vector = total._live()
         vector *= 2
-        return super().accumulate(state, contribution)
+        return total
 
 
-@strategy_mutant("a strategy that keeps the raw sum", "post-processing")
-class _Keeps(Averaging):
-    def finish(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
-        vector, _ = state.total.to_arrays()
-        raw = float(np.sum(vector.astype(np.float64)))
-        state, diagnostics = super().finish(state, release)
-        return state, diagnostics | {"raw": raw}
+@run_mutant("a round whose empty cohort releases nothing", "clip bound")
+class _Skips(StrategyRun):
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
+        num_devices = total.num_devices
+        release = super()._release(total, round_number, spec)
+        return release if num_devices else replace(release, mean=np.full(spec.size, np.nan, np.float32))
 
 
-@strategy_mutant("a strategy that counts its contributions", "post-processing")
+_seen: list[float] = []
+"""What the strategies below learn by ways around the contract: a process can always look elsewhere."""
+
+
+class _Peeking(StrategyRun):
+    """A run whose strategy gets hold of the raw sum."""
+
+    def _sum(self, clipper: Any, updates: Any) -> Any:
+        total = super()._sum(clipper, updates)
+        _seen[:] = [float(np.sum(total._live().astype(np.float64))), float(total.num_devices)]
+        return total
+
+
+class _Tells(Averaging):
+    def step(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
+        state, diagnostics = super().step(state, release)
+        return state, diagnostics | {"raw": _seen[0]}
+
+
 class _Counts(Averaging):
-    seen = 0
-
-    def accumulate(self, state: StrategyState, contribution: Any) -> StrategyState:
-        self.seen += contribution.num_devices
-        return super().accumulate(state, contribution)
-
-    def step(self, state: StrategyState, values: Any, mean: Any) -> tuple[Any, dict[str, float]]:
-        values, diagnostics = super().step(state, values, mean)
-        return values * np.float32(1 - 1e-3 * self.seen), diagnostics
+    def update(self, state: StrategyState, release: Release) -> tuple[Any, dict[str, float]]:
+        values, diagnostics = super().update(state, release)
+        return values * np.float32(1 - 1e-3 * _seen[1]), diagnostics
 
 
-@strategy_mutant("a strategy that skips empty rounds", "clip bound")
-class _Skips(Averaging):
-    def finish(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
-        if not state.total.num_devices:
-            return replace(state, total=None, num_steps=state.num_steps + 1), {}
-        return super().finish(state, release)
+MUTANTS["a strategy that tells the raw sum"] = (StrategySubject(_Tells, run=_Peeking), "post-processing")
+MUTANTS["a strategy that counts the reports"] = (StrategySubject(_Counts, run=_Peeking), "post-processing")
 
 
-@strategy_mutant("a strategy that steps on its own copy of the sum", "post-processing")
-class _OwnCopy(Averaging):
-    copied = 0
+@strategy_mutant("a strategy that counts its rounds on the object", "fresh noise")
+class _Remembers(Averaging):
+    rounds = 0
 
-    def accumulate(self, state: StrategyState, contribution: Any) -> StrategyState:
-        self.copied = self.copied + contribution.to_arrays()[0]
-        return super().accumulate(state, contribution)
-
-    def step(self, state: StrategyState, values: Any, mean: Any) -> tuple[Any, dict[str, float]]:
-        raw, self.copied = np.asarray(self.copied, np.float32)[: len(values)], 0
-        return values + raw * np.float32(2**-40), {}
+    def update(self, state: StrategyState, release: Release) -> tuple[Any, dict[str, float]]:
+        self.rounds += 1
+        values, diagnostics = super().update(state, release)
+        return values * np.float32(1 + 1e-3 * self.rounds), diagnostics
 
 
 @run_mutant("the plan's release, scaled to the realised cohort", "record and replay")
 class _Rescaled(StrategyRun):
-    def _release(self, total: Any, round_number: int) -> Any:
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
         sampled = max(1, len(self.sample_cohort(round_number)))
-        released = super()._release(total, round_number)
+        released = super()._release(total, round_number, spec)
         return replace(released, mean=released.mean * np.float32(self._setting.cohort / sampled))
 
 
 @run_mutant("the plan's release, smoothed over neighbouring coordinates", "noise law")
 class _Smoothed(StrategyRun):
-    def _release(self, total: Any, round_number: int) -> Any:
-        released = super()._release(total, round_number)
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
+        released = super()._release(total, round_number, spec)
         return replace(released, mean=(released.mean + np.roll(released.mean, 1)) / np.float32(np.sqrt(2)))
 
 
 @run_mutant("the plan's release in half precision", "noise law")
 class _HalfRelease(StrategyRun):
-    def _release(self, total: Any, round_number: int) -> Any:
-        released = super()._release(total, round_number)
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
+        released = super()._release(total, round_number, spec)
         return replace(released, mean=released.mean.astype(np.float16).astype(np.float32))
 
 
 @run_mutant("the mean of two releases of one sum", "noise law")
 class _TwoReleases(StrategyRun):
-    def _release(self, total: Any, round_number: int) -> Any:
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
         vector, _ = total.to_arrays()
         other = type(self)(*self._arguments)
         again = total.clipper.new_sum(total.size)
         again._live()[:] = vector
-        one, two = super()._release(total, round_number), other._plan.release(again, round_number)
+        one, two = super()._release(total, round_number, spec), other._plan.release(again, round_number, spec)
         return replace(one, mean=(one.mean + two.mean) / 2)

@@ -10,19 +10,19 @@ from kit_plain import Plain
 
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.privacy.testkit import Make, StrategyRun, StrategySubject
-from fedlm.strategy import StrategyState, SumStrategy
+from fedlm.strategy import Release, ServerOptimizer, StrategyState
 
 MUTANTS: dict[str, tuple[Make, str]] = {}
 
 
-class Averaging(SumStrategy):
+class Averaging(ServerOptimizer):
     """Correct: what the mutants of strategies start from, and what those of a plan run."""
 
     slot_names = ("momentum",)
 
-    def step(self, state: StrategyState, values: Any, mean: Any) -> tuple[Any, dict[str, float]]:
-        state.slots["momentum"] += mean
-        return values + state.slots["momentum"], {"norm": float(np.linalg.norm(mean))}
+    def update(self, state: StrategyState, release: Release) -> tuple[Any, dict[str, float]]:
+        state.slots["momentum"] += release.mean
+        return state.values + state.slots["momentum"], {"norm": float(np.linalg.norm(release.mean))}
 
 
 def mutant(name: str, caught_by: str) -> Callable[[type[Plain]], type[Plain]]:
@@ -33,8 +33,8 @@ def mutant(name: str, caught_by: str) -> Callable[[type[Plain]], type[Plain]]:
     return note
 
 
-def strategy_mutant(name: str, caught_by: str) -> Callable[[type[SumStrategy]], type[SumStrategy]]:
-    def note(kind: type[SumStrategy]) -> type[SumStrategy]:
+def strategy_mutant(name: str, caught_by: str) -> Callable[[type[ServerOptimizer]], type[ServerOptimizer]]:
+    def note(kind: type[ServerOptimizer]) -> type[ServerOptimizer]:
         MUTANTS[name] = (StrategySubject(kind), caught_by)
         return kind
 

@@ -1,0 +1,169 @@
+"""A round as one frozen object: who is asked, who takes part, which coordinates, what clips. Made once, passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlm.config.schema import RowsConfig
+from fedlm.errors import ConfigError
+from fedlm.example_dp.device_budget import device_budget
+from fedlm.experiment import Experiment
+from fedlm.privacy.adaptation import PrivacyState
+from fedlm.privacy.allocation import groups_of
+from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.plan import PrivacyPlan
+from fedlm.randomness import round_key
+from fedlm.round_specs import RoundSpecs
+from fedlm.strategy import Strategy
+from fedlm.trainable.rows import row_set
+from fedlm.trainable.spec import RowIds, UpdateSpec
+from server.payload import DownloadMeter
+from server.turnout import Fleet, RoundTask, Turnout
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One round before its devices train.
+
+    Arguments:
+        number: t, from 1.
+        turnout: What becomes of each device of the cohort; it holds the cohort.
+        specs: What moves, what travels, what changes.
+        clip: What the devices clip with.
+        key: Of everything random that devices may know.
+        noise_std: Of a coordinate of the round's noised mean; 0 without noise.
+    """
+
+    number: int
+    turnout: Turnout
+    specs: RoundSpecs
+    clip: Clipper
+    key: bytes
+    noise_std: float
+
+    @property
+    def cohort(self) -> RowIds:
+        """Sampled devices (U,), ascending."""
+        return self.turnout.task.cohort
+
+    @property
+    def row_ids(self) -> RowIds:
+        """The round's public row set (S,)."""
+        rows = self.specs.moves.row_ids
+        assert rows is not None, "a round's spec has a row set, if an empty one"
+        return rows
+
+
+class RoundOpener:
+    """Opens the rounds of a run, in order, and counts what its devices download and upload.
+
+    All that it decides follows from the plan's secret, from public data and from releases, so a resumed run, which
+    counts its earlier rounds again, opens the same rounds.
+
+    Arguments:
+        plan, strategy, experiment, fleet: Of the run.
+        spec: Every block that the server may change.
+
+    Raises:
+        ConfigError: The strategy switches blocks on and off where mechanism or allocation cannot follow.
+    """
+
+    def __init__(
+        self, plan: PrivacyPlan, strategy: Strategy, experiment: Experiment, fleet: Fleet, spec: UpdateSpec
+    ) -> None:
+        self._plan, self._strategy, self._experiment, self._fleet, self._spec = plan, strategy, experiment, fleet, spec
+        self.ledger = plan.new_ledger()
+        self.bytes_up = self.bytes_down = 0
+        self._budget = device_budget(experiment.config)
+        self._meter = DownloadMeter(spec, plan.fleet_size, plan.rounds)
+        self._recent: dict[int, RoundSpecs] = {}
+        check_switches(strategy, spec, plan)
+
+    def first_state(self) -> PrivacyState:
+        """Return what the plan knows before round 1."""
+        return self._plan.first_state(self._specs_with(1, self._public_rows(1)).sends)
+
+    def open(self, t: int, state: PrivacyState) -> Round:
+        """Sample a round's cohort and decide what it does, from what the rounds before it have released.
+
+        Raises:
+            BudgetExceededError: A device would come too early or too often.
+        """
+        specs = self.specs(t, state)
+        clip = self._plan.clipper(state, specs.sends, t)
+        key = round_key(self._experiment.config.seed, t)
+        return Round(t, self.count(t, state), specs, clip, key, self._plan.noise_std(clip))
+
+    def count(self, t: int, state: PrivacyState) -> Turnout:
+        """Sample a round's cohort, see who takes part, and count its bytes; `state` is of this round or a later one."""
+        specs, cohort = self.specs(t, state), self._plan.sample_cohort(t)
+        self.ledger.record(t, cohort)
+        clip = self._plan.clipper(state, specs.sends, t)  # the number of its answers is that of every state
+        encoded_bytes = clip.encoder.num_bytes if clip.encoder else 0
+        bytes_down = self._meter.download(cohort, specs.moves)
+        task = RoundTask(t, cohort, specs.sends, bytes_down, clip.num_answers, encoded_bytes)
+        turnout = self._fleet.turnout(task).without(self._spent(cohort))
+        self._meter.visited(cohort[turnout.visited], t)
+        self._meter.changed(specs.changes, t)
+        self.bytes_up += int(turnout.bytes_up.sum())
+        self.bytes_down += int(turnout.bytes_down.sum())
+        return turnout
+
+    def specs(self, t: int, state: PrivacyState) -> RoundSpecs:
+        """Return what moves, travels and changes in a round; `state` is of this round or a later one."""
+        if t not in self._recent:
+            self._recent = {number: specs for number, specs in self._recent.items() if number > t - 3}
+            self._recent[t] = self._specs_with(t, self._row_ids(t, state))
+        return self._recent[t]
+
+    def noise_std(self, t: int, state: PrivacyState) -> float:
+        """Return the standard deviation of a coordinate of a round's noised mean."""
+        return self._plan.noise_std(self._plan.clipper(state, self.specs(t, state).sends, t))
+
+    def _specs_with(self, t: int, row_ids: RowIds) -> RoundSpecs:
+        return RoundSpecs.of(self._strategy, self._spec, t, row_ids)
+
+    def _row_ids(self, t: int, state: PrivacyState) -> RowIds:
+        """Return the row set of a round: public, or what earlier releases have chosen."""
+        config = self._experiment.config.trainable.embedding_rows
+        if config.sampler == "dp_adafest" and self._plan.enabled and t > config.selection_rounds:
+            chosen = self._plan.selected_rows(state)
+            # No word may stand out of the noise: then the public guess.
+            return chosen if len(chosen) else self._public_rows(t, replace(config, sampler="top_k"))
+        return self._public_rows(t)
+
+    def _public_rows(self, t: int, config: RowsConfig | None = None) -> RowIds:
+        experiment = self._experiment
+        rows = config or experiment.config.trainable.embedding_rows
+        return row_set(rows, experiment.vocabulary.frequencies, seed=experiment.config.seed, round_number=t)
+
+    def _spent(self, cohort: RowIds) -> npt.NDArray[np.bool_]:
+        """Return which devices (U,) of the recorded round's cohort have spent their own budget (`local.example_dp`)."""
+        if self._budget is None:
+            return np.zeros(len(cohort), np.bool_)
+        return np.asarray(self.ledger.participations(cohort) > self._budget.max_rounds)
+
+
+def check_switches(strategy: Strategy, spec: UpdateSpec, plan: PrivacyPlan) -> None:
+    """Refuse a strategy that sends other blocks in other rounds where the noise cannot follow.
+
+    Raises:
+        ConfigError: Noise correlated over the rounds, or allocated to kinds of blocks that change.
+    """
+    no_rows = np.empty(0, np.int64)
+    sent = [RoundSpecs.of(strategy, spec, t, no_rows).sends for t in range(1, plan.rounds + 1)]
+    name, first = type(strategy).__name__, sent[0]
+    if plan.enabled and plan.mechanism.keeps_noise and any(one.names != first.names for one in sent):
+        raise ConfigError(
+            f"{name} sends other blocks in other rounds, but privacy.mechanism = {plan.mechanism.name!r} subtracts "
+            "later what it added before; choose gaussian"
+        )
+    allocation = plan.adaptation.allocation if plan.enabled else "isotropic"
+    if allocation != "isotropic" and any(groups_of(one) != groups_of(first) for one in sent):
+        raise ConfigError(
+            f"{name} sends other kinds of blocks in other rounds, among which privacy.allocation = {allocation!r} cannot "
+            "allocate noise; set it to isotropic"
+        )
