@@ -28,7 +28,6 @@ from fedlm.data.store_writer import (
     SPLIT_CODES,
     TOKEN_DTYPE,
     TOKENS,
-    USERS,
     StoreWriter,
     UserTokens,
 )
@@ -96,11 +95,6 @@ class TokenStore:
     def users(self, split: str) -> npt.NDArray[np.int64]:
         """Return the numbers of the users of "train", "public" or "eval", ascending (u,)."""
         return np.flatnonzero(self._codes == SPLITS.index(split))
-
-    def read_names(self) -> list[str]:
-        """Read all user names from the file; a Python object each, so not for every worker."""
-        with (self.folder / USERS).open(encoding="ascii") as file:
-            return [json.loads(line) for line in file]
 
     @cached_property
     def _tokens(self) -> npt.NDArray[np.int32]:

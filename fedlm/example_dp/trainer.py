@@ -63,13 +63,6 @@ class StepReport:
     non_private_clipped_fraction: float
     non_private_num_rejected: int
 
-    @property
-    def signal_to_noise(self) -> float:
-        """Norm of the mean gradient over that of the noise, estimated from the release alone; nothing private in it."""
-        if self.noise_norm == 0:
-            return math.inf
-        return math.sqrt(max(0.0, self.release_norm**2 - self.noise_norm**2)) / self.noise_norm
-
 
 @dataclass
 class _Totals:

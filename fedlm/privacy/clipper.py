@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fedlm.errors import ConfigError, DataError
-from fedlm.privacy.fixed_point import CAPACITY, CAPACITY_UNCLIPPED, UNITS, IntVector
+from fedlm.privacy.fixed_point import CAPACITY, CAPACITY_UNCLIPPED, UNITS
 from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.ranges import require_number
 from fedlm.privacy.riders import Rider, rider_from_fields, update_share
@@ -99,9 +99,3 @@ class Clipper:
         from fedlm.privacy import clipping  # whose sums know their clipper
 
         return clipping.new_sum(size, self)
-
-    def sum_from_arrays(self, vector: IntVector, fields: dict[str, int | float]) -> ClippedSum:
-        """Return the sum that `ClippedSum.to_arrays` took apart; see `ClippedSum.from_arrays`."""
-        from fedlm.privacy import clipping
-
-        return clipping.ClippedSum.from_arrays(vector, fields, clipper=self)

@@ -240,26 +240,9 @@ class ClippedSum:
         view = np.frombuffer(self._live().data.toreadonly(), np.int64)
         return view, {"clip_norm": self.clip_norm, "num_devices": self._num_devices}
 
-    @classmethod
-    def from_arrays(cls, vector: IntVector, fields: dict[str, int | float], *, clipper: Clipper) -> ClippedSum:
-        """Rebuild a sum that came over the wire, checked as `add_arrays` does.
-
-        Arguments:
-            vector: (P + Q,) int64, or (padded,) with an encoder; copied.
-            fields: As `to_arrays` returned them.
-            clipper: The receiver's own, never the sender's.
-
-        Raises:
-            DataError: As `add_arrays`.
-        """
-        size = clipper.encoder.size if clipper.encoder else _require_int64(vector).size
-        result = clipper.new_sum(max(size - clipper.num_answers, 1))
-        result.add_arrays(vector, fields)
-        return result
-
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: a copy could be counted twice, unchecked."""
-        raise TypeError("ClippedSum is neither pickled nor copied; send to_arrays() and use sum_from_arrays()")
+        raise TypeError("ClippedSum is neither pickled nor copied; send to_arrays() and add it with add_arrays()")
 
     def _take(self) -> IntVector:
         """Return the vector (P + Q,) and empty the sum; `PrivacyPlan.release` alone calls this."""

@@ -19,7 +19,6 @@ _FIGURES = {
     "failed": "failed",
     "update_norm": "update norm",
     "clip_norm": "clip norm",
-    "snr": "SNR",
     "log_z_mean": "log Z mean",
     "log_z_std": "log Z std",
     "megabytes_up": "MB up, all",
@@ -32,7 +31,6 @@ _RAW_FIGURES = {
     "client_norm_median": "norm median",
     "client_norm_p90": "norm p90",
     "clip_fraction": "clipped",
-    "signal_to_noise": "signal / noise",
 }
 
 

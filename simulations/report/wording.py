@@ -11,7 +11,7 @@ _MECHANISMS = {
     "banded": "noise correlated over the rounds (banded square root)",
     "tree": "noise correlated over the rounds (tree aggregation)",
     "local": "noise that every device adds itself (local privacy)",
-    "skellam": "Skellam noise that the devices add inside a secure sum",
+    "skellam": "Skellam noise, of which each device adds its part",
 }
 _SAMPLERS = {
     "poisson": "every device flips its own coin",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from fedlm.config.schema import Config, DataConfig, VocabularyConfig
 from fedlm.data.store import TokenStore, build_store, cache_folder
+from fedlm.data.store_writer import USERS
 from fedlm.data.vocabulary import Vocabulary, load_vocabulary
 from fedlm.errors import DataError, FedlmError, OutputError
 
@@ -71,7 +72,8 @@ def test_streams_and_bytes_are_those_of_the_definition(
     store = build_store(config_for(folder, max_tokens_per_user=max_tokens), vocabulary)
     expected = {user: plain_stream(messages, vocabulary, max_tokens) for user, messages, _ in users}
     expected = {user: kept for user, kept in expected.items() if kept[0]}
-    assert store.read_names() == list(expected)
+    lines = (store.folder / USERS).read_text(encoding="ascii").splitlines()
+    assert [json.loads(line) for line in lines] == list(expected)
     assert store.meta["users_without_text"] == len(users) - len(expected)
     for number, (tokens, num_bytes) in enumerate(expected.values()):
         assert store.tokens(number).tolist() == tokens

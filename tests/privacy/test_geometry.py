@@ -55,9 +55,7 @@ def test_a_device_moves_the_whole_vector_by_at_most_the_clip_norm(
     total.add(vector(seed, size), Facts(loss, 10**6, np.array(words, np.int64)))
     contribution = [int(value) for value in total.to_arrays()[0]]
     assert sum(value * value for value in contribution) <= UNITS**2
-    clipper.sum_from_arrays(
-        total.to_arrays()[0].copy(), {"clip_norm": 0.3, "num_devices": 1}
-    )  # the arrival check agrees
+    clipper.new_sum(SIZE).add_arrays(*total.to_arrays())  # the arrival check agrees
 
 
 @settings(max_examples=60, deadline=None)

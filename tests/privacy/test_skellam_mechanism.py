@@ -104,7 +104,7 @@ def test_every_grouping_of_the_devices_gives_the_bits_of_one_modular_sum() -> No
     total = clipper.new_sum(SIZE)
     total.add_arrays(*parts[2].to_arrays())
     total.add_sum(parts[1])
-    total.add_sum(clipper.sum_from_arrays(*parts[0].to_arrays()))
+    total.add_arrays(*parts[0].to_arrays())
     assert np.array_equal(total.to_arrays()[0], whole.to_arrays()[0])
     assert np.array_equal(whole.to_arrays()[0], (expected & clipper.encoder.mask).astype(np.int64))
     assert total.num_devices == 7
@@ -170,10 +170,10 @@ def test_sums_that_are_not_this_plans_encodings_are_refused() -> None:
     vector[3] = 2**clipper.encoder.bits
     for wrong, count in ((vector, 1), (-vector, 1), (np.minimum(vector, 5), 0)):
         with pytest.raises(DataError, match="allowed are 0 to"):
-            clipper.sum_from_arrays(wrong, {"clip_norm": 0.5, "num_devices": count})
+            clipper.new_sum(SIZE).add_arrays(wrong, {"clip_norm": 0.5, "num_devices": count})
     count = clipper.encoder.max_devices + 1
     with pytest.raises(DataError, match="sum claims"):
-        clipper.sum_from_arrays(0 * vector, {"clip_norm": 0.5, "num_devices": count})
+        clipper.new_sum(SIZE).add_arrays(0 * vector, {"clip_norm": 0.5, "num_devices": count})
     with pytest.raises(ConfigError, match="call add for each device"):
         clipper.new_sum(SIZE).add_many(update(1)[np.newaxis])
     with pytest.raises(ConfigError, match="the encoder is for 3,000 coordinates"):

@@ -91,13 +91,11 @@ def _metrics(i: int, rounds: int, eval_every: int, private: bool) -> dict[str, A
     wobble = 1 + 0.06 * math.sin(2.3 * i)
     training = {
         "update_norm": 0.011 * wobble + 0.02,
-        "snr": 1.4 * math.exp(-i / 40) * wobble,
         "non_private": {
             "train_loss": 4.9 - 0.02 * i,
             "client_norm_median": (0.24 + 0.12 * math.exp(-i / 12)) * wobble,
             "client_norm_p90": (0.41 + 0.25 * math.exp(-i / 12)) * wobble,
             "clip_fraction": 0.31 + 0.4 * math.exp(-i / 10) * wobble,
-            "signal_to_noise": 1.2 * wobble,
         },
     }
     devices = sum(sampled(j) for j in range(1, i + 1))
@@ -113,7 +111,7 @@ def _metrics(i: int, rounds: int, eval_every: int, private: bool) -> dict[str, A
         "bits_per_byte": math.log2(perplexity) / 5.42 if perplexity else None,
         "log_z_mean": 0.08 * math.cos(i),
         "log_z_std": 0.31,
-    } | (training if i else {"update_norm": None, "snr": None, "non_private": None})
+    } | (training if i else {"update_norm": None, "non_private": None})
 
 
 def _start(private: bool, stamps: tuple[str, ...]) -> dict[str, Any]:
