@@ -3,8 +3,8 @@
     python check_momentum.py        prints a line for each guarantee
     pytest check_momentum.py        a named test for each guarantee
 
-`Honest` uses the noised mean alone. `Curious` does what looks harmless: it slows down when the cohort's raw sum is
-small. The raw sum is private, so the model now tells what the noise was to hide; the kit says so in one sentence.
+`Honest` keeps its momentum in the state. `Forgetful` keeps it on the object, which no checkpoint stores: a run that was
+stopped and resumed goes on without it, and ends with another model. The kit says so in one sentence.
 """
 
 from __future__ import annotations
@@ -15,38 +15,31 @@ import numpy as np
 import pytest
 
 from fedlm.privacy.testkit import PrivacyTestFailure, strategy_checks
-from fedlm.strategy import Release, StrategyState, SumStrategy
-from fedlm.trainable.spec import Vector
+from fedlm.strategy import Release, ServerOptimizer, StrategyState, Vector
 
 
-class Honest(SumStrategy):
+class Honest(ServerOptimizer):
     """Heavy-ball momentum on the noised mean update."""
 
     slot_names = ("momentum",)
 
-    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Update the momentum in place and move along it."""
         momentum = state.slots["momentum"]
         momentum *= self.config.beta1
-        momentum += mean
-        return values + self.config.learning_rate * momentum, {}
+        momentum += release.mean
+        return state.values + self.config.learning_rate * momentum, {}
 
 
-class Curious(Honest):
-    """The same, with a peek."""
+class Forgetful(ServerOptimizer):
+    """The same, remembered in the wrong place."""
 
-    rate = 1.0
+    momentum: Any = 0.0
 
-    def finish(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
-        """Look at the raw sum before it is released."""
-        assert state.total is not None
-        raw, _ = state.total.to_arrays()
-        self.rate = 1.0 if np.abs(raw).max() > 2**30 else 0.5
-        return super().finish(state, release)
-
-    def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
-        """Move less when the sum was small."""
-        return super().step(state, values, mean * np.float32(self.rate))
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
+        """Move along a momentum that no checkpoint stores."""
+        self.momentum = np.float32(self.config.beta1) * self.momentum + release.mean
+        return state.values + self.config.learning_rate * self.momentum, {}
 
 
 @pytest.mark.parametrize("check", strategy_checks(), ids=str)
@@ -57,7 +50,7 @@ def test_privacy(check: Any) -> None:
 
 def main() -> None:
     """Print what each check finds."""
-    for strategy in (Honest, Curious):
+    for strategy in (Honest, Forgetful):
         for check in strategy_checks():
             try:
                 check(strategy)

@@ -48,6 +48,14 @@ class Part:
             target[self.rows] += values
 
 
+def dense(parts: Sequence[Part], size: int) -> Vector:
+    """Return the whole vector (P,) of an update in parts."""
+    vector = np.zeros(size, np.float32)
+    for part in parts:
+        part.add_to(vector, part.values)
+    return vector
+
+
 def restricted(parts: Sequence[Part], trained: UpdateSpec, sent: UpdateSpec) -> list[Part]:
     """Return the parts of an update that lie in the blocks of another spec, at their places there.
 

@@ -7,7 +7,6 @@ import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from fedlm.config.schema import Config
 from fedlm.errors import DataError
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.noise import NoiseStream
-from fedlm.strategy import Release, StrategyState
+from fedlm.privacy.plan import PrivacyPlan
+from fedlm.strategy import Release, ServerOptimizer, StrategyState, Vector
 from simulations.audit import analyse
 from simulations.run import simulate
 
@@ -74,26 +74,13 @@ phrase_candidates = 64
 Audit = Callable[..., Done]
 
 
-class RawSum:
-    """A strategy that releases as it should and then steps with the sum itself."""
+class RawSum(ServerOptimizer):
+    """A strategy that steps with the sum itself, which a server leaked to it."""
 
-    def __init__(self, config: object) -> None:
-        self._raw: npt.NDArray[np.float64] | None = None
+    leaked: npt.NDArray[np.float64]
 
-    def init(self, spec: Any, values: Any) -> StrategyState:
-        return StrategyState(values)
-
-    def accumulate(self, state: StrategyState, total: ClippedSum) -> StrategyState:
-        self._raw = total.to_arrays()[0] * total.clipper.unit
-        return replace(state, total=total)
-
-    def finish(self, state: StrategyState, release: Release) -> tuple[StrategyState, dict[str, float]]:
-        assert state.total is not None
-        assert self._raw is not None
-        release.mean(state.total)
-        values = release.spec.gather(state.values) + (self._raw / 60).astype(np.float32)
-        release.spec.scatter(state.values, values)
-        return replace(state, total=None, num_steps=state.num_steps + 1), {}
+    def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
+        return state.values + (self.leaked / 60).astype(np.float32), {}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +177,16 @@ def test_half_the_noise_raises_the_alarm(audit: Audit, monkeypatch: pytest.Monke
     assert report["alarms"]
 
 
-def test_a_strategy_that_bypasses_the_noise_is_caught_by_the_model(audit: Audit) -> None:
+def test_a_server_that_bypasses_the_noise_is_caught_by_the_model(
+    audit: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = PrivacyPlan.release
+
+    def leaking(plan: PrivacyPlan, total: ClippedSum, *rest: Any) -> Release:
+        RawSum.leaked = total.to_arrays()[0] * total.clipper.unit
+        return release(plan, total, *rest)
+
+    monkeypatch.setattr(PrivacyPlan, "release", leaking)
     done = audit(f"strategy.kind={__name__}:RawSum")
     report = json.loads(done.out)
     assert done.code == 1

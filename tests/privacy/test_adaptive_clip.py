@@ -35,8 +35,8 @@ def test_the_clip_norm_converges_to_the_quantile_from_far_off(quantile: float, s
             if rng.random() >= dropout:
                 direction = rng.standard_normal(SPEC.size)
                 total.add((direction / np.linalg.norm(direction) * norms[device]).astype(np.float32))
-        released = plan.release(total, t)
-        state = plan.next_state(state, SPEC, t, values=np.zeros(SPEC.size, np.float32), released=released)
+        release = plan.release(total, t, SPEC)
+        state = plan.next_state(state, release, clip=clipper, values=np.zeros(SPEC.size, np.float32))
         last.append(state.clip_norm)
     assert float(np.mean(last[-60:])) == pytest.approx(truth, rel=0.1)
 
@@ -66,5 +66,5 @@ def test_a_round_is_noised_by_its_own_clip_norm() -> None:
         std = clipper.clip_norm / 50 / clipper.update_share
         assert released.mean.std() == pytest.approx(std, rel=0.02)
         assert released.noise_std == pytest.approx(std)
-        state = plan.next_state(state, spec, t, values=np.zeros(spec.size, np.float32), released=released)
+        state = plan.next_state(state, released, clip=clipper, values=np.zeros(spec.size, np.float32))
         assert state.clip_norm < clipper.clip_norm * math.exp(-0.5)
