@@ -133,13 +133,14 @@ def test_epochs_dropout_and_untied_tables(model: str, loss: str, tied: str) -> N
     assert_same(config(*MODELS[model], *KINDS["all"], f"loss.kind={loss}", *others), texts())
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", ["lora", "bias", "all"])
-def test_a_hugging_face_model_equals_one_by_one(kind: str) -> None:
-    """GPT-2 is made of leaves that groups know."""
+def test_a_hugging_face_model_equals_one_by_one(kind: str, loss: str) -> None:
+    """GPT-2 is made of leaves that groups know, and has no output bias."""
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12}
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, bos_token_id=0, eos_token_id=0, **sizes))
-    assert_same(config(*KINDS[kind]), texts(), PretrainedModel(gpt2))
+    assert_same(config(*KINDS[kind], f"loss.kind={loss}"), texts(), PretrainedModel(gpt2))
 
 
 def test_a_tensor_that_no_leaf_knows_trains_one_by_one() -> None:
