@@ -360,6 +360,16 @@ class TestStatement:
         assert stamp in plan.statement()
         assert make(population=2_000, expected_cohort=50).stamps() == ()
 
+    @pytest.mark.parametrize("accounted", [{"population": 4_000}, {"expected_cohort": 500}, {"expected_cohort": 20}])
+    def test_a_fleet_that_differs_in_one_number_alone_is_stamped(self, accounted: dict[str, int]) -> None:
+        """As many users in other cohorts, or as large cohorts of other users: the noise is not this fleet's."""
+        plan = make(**({"population": 2_000, "expected_cohort": 50} | accounted))
+        (stamp,) = plan.stamps()
+        assert stamp.startswith("no guarantee for this model: ")
+        assert stamp in plan.statement()
+        assert plan.figures()["stamps"] == [stamp]
+        assert plan.realised_epsilon(5, separation=1, max_participations=5) == math.inf
+
     @pytest.mark.parametrize("privacy", [{}, {"enabled": False}, {"reproducible_noise": True}])
     def test_figures_are_strict_json_and_agree_with_the_plan(self, privacy: dict[str, Any]) -> None:
         plan = make(**privacy)
