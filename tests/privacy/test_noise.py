@@ -50,7 +50,7 @@ def test_noise_has_the_resolution_of_the_lattice() -> None:
 
 
 def test_normals_are_drawn_in_double_precision() -> None:
-    """The lattice hides it: a draw of fp32 has 2^23 values in a strip of the ziggurat, and tails that end at 24 bits."""
+    """The lattice hides it: fp32 draws have 2^23 values in a strip of the ziggurat, and tails that end at 24 bits."""
     draws = np.empty(100_000)
     NoiseStream(reproducible_key(6, 1)).normals(draws)
     assert np.mean(draws == draws.astype(np.float32)) < 1e-3
