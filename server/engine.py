@@ -23,17 +23,15 @@ from fedlm.config.schema import Config, ExecutionConfig
 from fedlm.data.batching import evaluation_users
 from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
-from fedlm.flower_records import Records, from_records, to_records
+from fedlm.flower_records import Records, to_records
 from fedlm.losses.evaluation import Score
 from fedlm.messages import (
     EMPTY_IDS,
     EMPTY_VECTOR,
     FROM_SCRATCH,
     Broadcast,
-    EvaluateReply,
     EvaluateRequest,
     PartialSum,
-    TrainReply,
     TrainRequest,
 )
 from fedlm.privacy.adaptation import Released
@@ -253,8 +251,7 @@ class Engine:
             total.add_arrays(partial.total, fields)
 
         pieces = self._pieces(cohort, clipper)
-        for index, records in self._dispatcher.train(self._order("train", t - 1), pieces, take):
-            reply = from_records(TrainReply, "reply", records)
+        for index, reply in self._dispatcher.train(self._order("train", t - 1), pieces, take):
             report.add(index, reply)
             self._peak_mb = max(self._peak_mb, reply.peak_mb)
             self._listener({"event": "device_done", "round": t, "done": report.done, "total": len(cohort)})
@@ -303,10 +300,10 @@ class Engine:
         """Score the held-out users; parts are added in a fixed order, so the figure does not depend on the workers."""
         parts: dict[int, Score] = {}
         order = self._order("evaluate", self._state.num_steps)
-        for index, records in self._dispatcher.evaluate(order, self._eval_requests):
-            reply = asdict(from_records(EvaluateReply, "reply", records))
-            del reply["stale"]
-            parts[index] = Score(**reply)
+        for index, reply in self._dispatcher.evaluate(order, self._eval_requests, self._experiment.store):
+            figures = asdict(reply)
+            del figures["stale"]
+            parts[index] = Score(**figures)
         return sum((parts[i] for i in range(len(parts))), Score())
 
     def _due(self, t: int) -> bool:

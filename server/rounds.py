@@ -78,7 +78,7 @@ class CohortReport:
 
     def non_private(self) -> dict[str, Any]:
         """Return diagnostics computed from raw updates; a real deployment has no right to them."""
-        replies = self._replies.values()
+        replies = [r for r in self._replies.values() if len(r.non_private_losses) == len(r.devices)]
         devices, norms, losses = (
             np.concatenate([np.empty(0), *(getattr(reply, name) for reply in replies)])
             for name in ("devices", "non_private_norms", "non_private_losses")
@@ -91,12 +91,13 @@ class CohortReport:
                 "clip_fraction": None,
             }
         losses = losses[np.argsort(devices)]  # a mean depends on the order, and the order must not on the nodes
-        return {
-            "train_loss": float(losses.mean()),
-            "client_norm_median": float(np.median(norms)),
-            "client_norm_p90": float(np.quantile(norms, 0.9)),
-            "clip_fraction": float((norms > self._clip_norm).mean()),
-        }
+        with np.errstate(all="ignore"):  # a diverged device's loss may be anything
+            return {
+                "train_loss": json_number(float(losses.mean())),
+                "client_norm_median": json_number(float(np.median(norms))),
+                "client_norm_p90": json_number(float(np.quantile(norms, 0.9))),
+                "clip_fraction": float((norms > self._clip_norm).mean()),
+            }
 
 
 def json_number(value: float) -> float | None:

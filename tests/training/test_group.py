@@ -223,6 +223,26 @@ def test_a_diverging_device_leaves_its_group_alone() -> None:
         assert (np.abs(updates[d] - expected) <= a_round.rounding(expected)).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 100), min_size=1, max_size=8),
+    words=st.sampled_from([(0, 1), (0, V), (V - 1, V)]),
+    rate=st.sampled_from([0.1, 30.0, 1e38]),
+    kind=st.sampled_from(sorted(KINDS)),
+    loss=st.sampled_from(LOSSES),
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_no_text_makes_a_group_raise(
+    lengths: list[int], words: tuple[int, int], rate: float, kind: str, loss: str
+) -> None:
+    """A group that raised because of a text would have its round done again, or ended, because of a device's data."""
+    rates = [f"local.learning_rate={rate}", f"local.row_learning_rate={rate}"]
+    rng = np.random.default_rng(len(lengths))
+    tokens = [rng.integers(*words, n).astype(np.int32) for n in lengths]
+    results = Round(config(*KINDS[kind], f"loss.kind={loss}", *rates)).in_groups(tokens)
+    assert len(results) == len(tokens)
+
+
 @pytest.mark.parametrize("kind", ["lora", "bias", "all"])
 def test_bf16_is_close_and_changes_no_trained_type(kind: str) -> None:
     plain, half = Round(config(*KINDS[kind])), Round(config(*KINDS[kind], "execution.products=bf16"))
