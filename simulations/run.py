@@ -45,7 +45,7 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
 
     Raises:
         FedlmError: Any of `fedlm.errors`; what can be checked is checked before any work starts.
-        Interrupted: Ctrl-C; the run can be resumed.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = with_absolute_paths(config)
     path = out or server.default_run_path()
