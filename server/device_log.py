@@ -36,7 +36,7 @@ class DeviceLog:
         columns = (turnout.task.cohort, turnout.outcomes, turnout.seconds, turnout.bytes_down, turnout.bytes_up)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         lines = [f"{t},{device},{OUTCOMES[what]},{s:.3f},{down},{up}\n" for device, what, s, down, up in rows]
-        with self._explained(), self._path.open("a") as stream:
+        with self._explained(), self._path.open("a", encoding="utf-8") as stream:
             stream.write(("" if stream.tell() else _HEADER) + "".join(lines))
 
     def rewind(self, last_round: int) -> None:

@@ -49,7 +49,7 @@ from server.exchange import Order
 from server.payload import DownloadMeter
 from server.round_privacy import RoundPrivacy, release_arrays
 from server.rounds import CohortReport, json_number
-from server.run_folder import CONFIG, RunFolder
+from server.run_folder import CONFIG, NOTHING, RunFolder
 from server.turnout import Fleet, Turnout
 
 Listener = Callable[[dict[str, object]], None]
@@ -116,6 +116,7 @@ class Engine:
         """Go back to the newest state on disk and replay the journal; released rounds are never released again."""
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is None:  # killed before the base was stored: nothing was released
+            self._folder.rewind(NOTHING)
             self._privacy.rewind_keys(0)
             self.start()
             return
@@ -123,6 +124,7 @@ class Engine:
         slots = {name.removeprefix("slot."): a for name, a in arrays.items() if name.startswith("slot.")}
         self._state = StrategyState(arrays["values"], slots, meta["num_steps"])
         self._privacy.restore(arrays, meta["privacy_state"])
+        self._diagnostics = meta["diagnostics"]
         self._check_unchanged(meta["experiment"])
         for t in range(1, done + 1):
             self._meter_round(t)
@@ -131,7 +133,8 @@ class Engine:
             self._replay(t, released)
             done = t
         self._round = self._num_released = done
-        self._privacy.rewind_keys(done)
+        if done < self._config.rounds:  # else they may be gone already: nothing more will be released
+            self._privacy.rewind_keys(done)
         self._device_log.rewind(done)
         self._mend_lines(done)
         self._folder.ledger({"event": "resume", "round": done, "time": _now()})
@@ -155,7 +158,7 @@ class Engine:
         self._folder.metric(self._metric_line(record["metrics"], self._evaluate() if self._due(done) else None))
 
     def run(self) -> None:
-        """Train the rounds that are left; Ctrl-C leaves a checkpoint.
+        """Train the rounds that are left; an interrupt leaves a checkpoint.
 
         Raises:
             BudgetExceededError: Before the round that would exceed the privacy budget.
@@ -208,7 +211,7 @@ class Engine:
         score = self._evaluate() if self._due(t) else None
         line = self._metric_line(record["metrics"], score)
         self._folder.metric(line)
-        self._announce(t, line, len(training) / max(time.monotonic() - started, 1e-9))
+        self._announce(t, line, len(training) / max(line["round_seconds"], 1e-3))  # training alone
 
     def _step(self, t: int, total: ClippedSum, release: Callable[[ClippedSum], Released]) -> None:
         state = replace(self._state, total=None)
@@ -348,6 +351,7 @@ class Engine:
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
             "privacy": self._plan.figures(),
             "privacy_state": self._privacy.text(),
+            "diagnostics": self._diagnostics,  # the round's line may not have been written yet
         }
         is_audit = self._experiment.canaries.count > 0  # an audit looks at every release
         self._folder.write_checkpoint(self._state.num_steps, arrays, meta, keep_journal=is_audit)

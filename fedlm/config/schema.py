@@ -330,6 +330,7 @@ class ExecutionConfig:
     )
     eval_every: int = option(5, "rounds between evaluations; 0: only before the first and after the last", low=0)
     checkpoint_every: int = option(10, "rounds between whole checkpoints (each round is journalled)", low=1)
+    start_timeout_s: float = option(600.0, "longest wait for Ray, and for a worker, to start", above=0)
     worker_timeout_s: float = option(600.0, "a worker silent for this long is given up", above=0)
 
 
