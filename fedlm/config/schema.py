@@ -379,7 +379,7 @@ class AuditConfig:
 class Config:
     """One experiment."""
 
-    seed: int = option(1, "public: of everything but privacy's secrets, which are noise and cohorts", low=0)
+    seed: int = option(1, "public; of everything but privacy noise and cohorts", low=0)
     rounds: int = option(30, "federated rounds", low=1)
     data: DataConfig = option(factory=DataConfig)
     synthetic: SyntheticConfig = option(factory=SyntheticConfig)
