@@ -43,6 +43,7 @@ from fedlm.strategy import Release, Strategy, StrategyState
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.groups import group_devices
 from server.claim import devices_and_users, privacy_figures
+from server.cohort_key import forget_cohort_key
 from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
 from server.exchange import Order
@@ -126,6 +127,8 @@ class Engine:
         self._privacy.restore(arrays, meta["privacy_state"])
         self._diagnostics = meta["diagnostics"]
         self._check_unchanged(meta["experiment"])
+        if self._folder.is_finished():  # its cohorts are forgotten, and its ledger is closed
+            return
         for t in range(1, done + 1):
             self._meter_round(t)
         for t, released in self._folder.releases(after=done):
@@ -164,6 +167,9 @@ class Engine:
             BudgetExceededError: Before the round that would exceed the privacy budget.
             KeyboardInterrupt: After the checkpoint was written.
         """
+        if self._folder.is_finished():
+            self._forget_secrets()
+            return
         try:
             for t in range(self._state.num_steps + 1, self._config.rounds + 1):
                 self._plan.check_release(t - 1)
@@ -175,8 +181,15 @@ class Engine:
             self._folder.ledger(self._end_event(status))
             raise
         self._checkpoint()
-        self._privacy.forget_keys()
         self._folder.ledger(self._end_event("finished"))
+        self._forget_secrets()
+
+    def _forget_secrets(self) -> None:
+        """Delete what only a run that goes on needs; after its end is in the ledger, which a resumed run goes by."""
+        self._privacy.forget_keys()
+        is_audit = self._experiment.canaries.count > 0  # an audit asks when its canaries were sampled
+        if not (is_audit or self._config.privacy.keep_cohort_key):
+            forget_cohort_key(self._folder)
 
     def _train_round(self, t: int) -> None:
         self._round, started = t, time.monotonic()
@@ -317,7 +330,7 @@ class Engine:
         return self._spec.with_rows(self._rows(t))
 
     def _meter_round(self, t: int) -> Turnout:
-        """Sample the cohort, see who takes part, count the bytes: from seed and earlier rounds alone, so resumable."""
+        """Sample the cohort, see who takes part, count the bytes: from key, seed and earlier rounds, so resumable."""
         cohort, rows, spec = self._plan.sample_cohort(t), self._rows(t), self._spec_of(t)
         self._privacy.record(t, cohort)
         task = self._privacy.task(t, cohort, spec, self._meter.download(cohort, rows))

@@ -1,6 +1,7 @@
 """The privacy side of a run's rounds: the plan, what it has learnt from releases, who took part, the rows it chose.
 
-Everything here follows from the seed, from public data and from releases, so a resumed run arrives at the same state.
+Everything here follows from the seed, from the key of the cohorts, from public data and from releases, so a resumed run
+arrives at the same state.
 """
 
 from __future__ import annotations

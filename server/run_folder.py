@@ -2,6 +2,7 @@
 
     config.toml        the resolved experiment
     plan.json          the privacy plan as calibrated, so that a resumed run keeps its noise multiplier
+    cohort_key         who is sampled, until the run ends (`server.cohort_key`)
     metrics.jsonl      a line a round
     ledger.jsonl       bytes, seconds, failures by cause, privacy events
     lock               held by the process that runs in the folder
@@ -14,6 +15,9 @@ The journal is a write-ahead log: a round's release is on disk before anything i
 that left the server is never released again with fresh noise, and a killed run continues from its last release
 (`server.journal` says what becomes of one that was being written). A checkpoint is only a shortcut that lets the
 journal be shortened. All text is UTF-8, whatever the locale.
+
+The folder is its owner's (0700). What tells who was sampled, or anything of the devices without noise, is 0600 besides,
+for when the folder is copied or opened: keys, devices.csv, metrics, ledger, and the journal, which repeats both.
 """
 
 from __future__ import annotations
@@ -55,13 +59,16 @@ class RunFolder:
         self._journal = path / "journal"
 
     @classmethod
-    def create(cls, path: Path, texts: Mapping[str, str], *, bytes_needed: int) -> RunFolder:
+    def create(
+        cls, path: Path, texts: Mapping[str, str], *, bytes_needed: int, secrets: Mapping[str, str] | None = None
+    ) -> RunFolder:
         """Make a new run folder.
 
         Arguments:
             path: Where.
             texts: Files to start with: CONFIG and PLAN.
             bytes_needed: Room that checkpoints and journal will take.
+            secrets: Files that the owner alone may read; written before the texts make it a run folder.
 
         Raises:
             OutputError: It exists and is not empty, cannot be written, or the disk has too little room.
@@ -75,9 +82,12 @@ class RunFolder:
                     f"{path} has {free / 1e6:.0f} MB free, but checkpoints need {bytes_needed / 1e6:.0f} MB; "
                     "free some space or choose another --out"
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)  # it may have been there, empty
             folder._checkpoints.mkdir()
             folder._journal.mkdir()
+            for name, text in (secrets or {}).items():
+                write_atomically(path / name, text.encode(), owner_only=True)
             for name, text in texts.items():
                 write_atomically(path / name, text.encode())
         return folder
@@ -128,13 +138,23 @@ class RunFolder:
         """Append a line to ledger.jsonl."""
         self._append(LEDGER, line)
 
+    def sync_ledger(self) -> None:
+        """Make the ledger's lines durable."""
+        with _explained(self.path), (self.path / LEDGER).open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    def is_finished(self) -> bool:
+        """Return whether the run has ended: every round is released, and nobody will be sampled any more."""
+        marks = [line for line in self.lines(LEDGER) if line.get("event") in ("start", "resume", "end")]
+        return bool(marks) and marks[-1].get("status") == "finished"
+
     def rewind(self, last_round: int) -> list[dict[str, Any]]:
         """Drop metrics and ledger lines of rounds after `last_round` and torn lines; return the metrics kept."""
         for name in (METRICS, LEDGER):
             kept = [line for line in self.lines(name) if int(line.get("round", -1)) <= last_round]
             text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
             with _explained(self.path):
-                write_atomically(self.path / name, text.encode())
+                write_atomically(self.path / name, text.encode(), owner_only=True)
         return self.lines(METRICS)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -152,7 +172,7 @@ class RunFolder:
         """Make a round's release durable; `record` is what metrics and ledger will say of the round."""
         data = encode_release(arrays, record)
         with _explained(self.path):
-            write_atomically(release_file(self._journal, round_number), data)
+            write_atomically(release_file(self._journal, round_number), data, owner_only=True)
 
     def releases(self, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield `(round, arrays)` of the journalled rounds after `after`, in order and without a gap."""
@@ -215,7 +235,7 @@ class RunFolder:
         return sorted(int(f.stem.removeprefix("round_")) for f in self._checkpoints.glob("round_*.json"))
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with _explained(self.path), (self.path / name).open("a", encoding="utf-8") as stream:
+        with _explained(self.path), open(self.path / name, "a", encoding="utf-8", opener=owners_alone) as stream:
             stream.write(json.dumps(line, allow_nan=False) + "\n")
 
 
@@ -240,11 +260,22 @@ def _nearest(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+def owners_alone(path: str, flags: int) -> int:
+    """Open a file that nobody but its owner may read if it is new; the `opener` of `open`."""
+    return os.open(path, flags, 0o600)
+
+
+def write_atomically(file: Path, data: bytes, *, owner_only: bool = False) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between.
+
+    Arguments:
+        file: Where; what was there is replaced.
+        data: All of it.
+        owner_only: Nobody else may read it, at no moment.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with open(temporary, "wb", opener=owners_alone if owner_only else None) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -10,6 +10,7 @@ import pytest
 from fedlm.config.schema import PrivacyConfig
 from fedlm.privacy import PrivacyPlan
 from fedlm.privacy.adaptive_clip import bit_share
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.riders import ClipBit, update_share
 from fedlm.trainable.spec import UpdateSpec
 
@@ -28,7 +29,9 @@ def test_the_clip_norm_converges_to_the_quantile_from_far_off(quantile: float, s
     )
     push = 0.2 * (1 - dropout) * (1 - quantile if start > 1 else quantile)  # at most so far in ln C a round
     rounds = math.ceil(math.log(100) / push) + 100
-    plan = PrivacyPlan.create(config, rounds=rounds, fleet_size=4_000, cohort=150, seed=2)
+    plan = PrivacyPlan.create(
+        config, rounds=rounds, fleet_size=4_000, cohort=150, seed=2, cohort_key=CohortKey.reproducible(2)
+    )
     state, rng, last = plan.first_state(SPEC), np.random.default_rng(3), []
     for t in range(1, rounds + 1):
         clipper = plan.clipper(state, SPEC, t)
