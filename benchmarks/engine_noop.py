@@ -237,8 +237,8 @@ def _summed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: floa
     groups = [cohort[i : i + GROUP] for i in range(0, num_devices, GROUP)]
     requests = dispatcher.pieces(cohort, np.full(num_devices, 100), groups, clipper.to_text())
     done = 0
-    for _, content in dispatcher.train(Order("train", "1", {"arrays": record}, dict), requests, take):
-        done += len(from_records(TrainReply, "reply", content).devices)
+    for _, reply in dispatcher.train(Order("train", "1", {"arrays": record}, dict), requests, take):
+        done += len(reply.devices)
         if time.monotonic() > deadline:
             return done
     assert total.num_devices == num_devices

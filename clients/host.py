@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from clients.canaries import CanaryDevices
 from clients.partial_sum import KeptSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
+from fedlm.errors import WorkerError
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, Weights, starts_from_base
 from fedlm.losses.evaluation import Score, score
@@ -44,6 +46,7 @@ from fedlm.training.released_noise import released_noise
 
 UNKNOWN_VERSION = -2
 EVALUATION_TOKENS = 4096  # tokens whose hidden states are scored at once
+Words: TypeAlias = npt.NDArray[np.int32]  # (n,) a text's word ids
 log = logging.getLogger(__name__)
 
 
@@ -104,52 +107,88 @@ class DeviceHost:
 
     def _train_group(self, total: ClippedSum, key: bytes, devices: list[int], outcome: _Outcome) -> None:
         """Train the devices of one group and add each clipped update to the sum."""
-        devices = self._canaries.contribute(total, self._spec, devices)
-        size = self._groups.largest_group if self._groups else 1
-        for start in range(0, len(devices), size):
-            part = devices[start : start + size]
-            if self._groups is None or not self._train_together(self._groups, total, key, part, outcome):
-                for device in part:
-                    self._train_alone(total, key, device, outcome)
+        texts = self._texts(self._canaries.contribute(total, self._spec, devices), outcome)
+        ready, size = list(texts), self._groups.largest_group if self._groups else 1
+        for start in range(0, len(ready), size):
+            part = {device: texts[device] for device in ready[start : start + size]}
+            if self._groups is None:
+                self._train_alone(total, key, part, outcome)
+            else:
+                self._train_together(self._groups, total, key, part, outcome)
+
+    def _texts(self, devices: list[int], outcome: _Outcome) -> dict[int, Words]:
+        """Return the devices' token streams; a device whose text cannot be read fails here, by itself."""
+        texts: dict[int, Words] = {}
+        for device in devices:
+            try:
+                texts[device] = self._checked(self._tokens(device))
+            except Exception as error:  # one device's failure must not cost the others their round
+                outcome.fail(device, error)
+        return texts
+
+    def _checked(self, tokens: Words) -> Words:
+        """Return a text all of whose words are in the vocabulary."""
+        size = self._trainable.model.vocabulary_size
+        wrong = tokens[(tokens < 0) | (tokens >= size)]
+        if len(wrong):
+            raise IndexError(f"word {wrong[0]} of its text is not in the vocabulary of {size:,} words")
+        return tokens
 
     def _train_together(
-        self, trainer: GroupTrainer, total: ClippedSum, key: bytes, devices: list[int], outcome: _Outcome
-    ) -> bool:
-        """Train devices in one program; False if it failed, for whatever reason, and nothing was added."""
-        try:
-            results = trainer.train([self._tokens(device) for device in devices], key=key, devices=devices)
-        except Exception:
-            log.debug("a group of %d devices failed; they train one by one", len(devices), exc_info=True)
-            return False
-        for device, result in zip(devices, results, strict=True):
-            record = total.add_parts(self._sent(result.parts), self._facts(total, device, result.loss, result.num_tokens))
-            outcome.add(device, record, result.loss)
-        return True
+        self, trainer: GroupTrainer, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _Outcome
+    ) -> None:
+        """Train devices in one program and add their updates.
 
-    def _train_alone(self, total: ClippedSum, key: bytes, device: int, outcome: _Outcome) -> None:
+        There is no other way to train them: devices that train one by one have other last bits, so a silent second way
+        would make a run's bits depend on what failed. Whatever fails here fails the whole piece of work, the server
+        notes the reason in the ledger and has the piece done again, and a piece that keeps failing ends the run.
+
+        Guarantee:
+            A round must never be repeated or end because of what a device's data are (it would tell about them, and
+            not only within the clip). Nothing in a text can raise here: its words are in the vocabulary (`_texts`), any
+            length from zero on trains, memory is bounded by the config (batches, sequence length, tokens a user), and
+            numbers that are not finite raise nowhere: they become an update that is not finite, whose contribution is
+            zero. What is left are errors of program and machine, which are the same whoever is in the group.
+
+        Raises:
+            WorkerError: The program failed. Updates may have been added: the node's sum must be dropped.
+        """
+        devices = list(texts)
         try:
-            result = self._trainer.train(self._tokens(device), key=key, device=device)
-        except Exception as error:  # one device's failure must not cost the others their round
-            log.debug("device %d failed", device, exc_info=True)
-            outcome.failed[device] = f"{type(error).__name__}: {error}".splitlines()[0]
-            return
-        facts = self._facts(total, device, result.loss, result.num_tokens)
-        if self._spec is self._moves:
-            record = total.add(result.update, facts)
-        else:
-            record = total.add_parts(self._sent([Part(0, result.update)]), facts)
-        outcome.add(device, record, result.loss)
+            results = trainer.train(list(texts.values()), key=key, devices=devices)
+        except Exception as error:
+            tells_all = self._config.privacy.non_private_diagnostics
+            cause = one_line(error) if tells_all else type(error).__name__
+            raise WorkerError(f"a group of {len(devices)} devices failed: {cause}") from error
+        for device, result in zip(devices, results, strict=True):
+            facts = self._facts(total, texts[device], result.loss, result.num_tokens)
+            outcome.add(device, total.add_parts(self._sent(result.parts), facts), result.loss)
+
+    def _train_alone(self, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _Outcome) -> None:
+        """Train devices one by one; one that fails contributes zero, and nothing of it reaches another."""
+        for device, text in texts.items():
+            try:
+                result = self._trainer.train(text, key=key, device=device)
+            except Exception as error:  # one device's failure must not cost the others their round
+                outcome.fail(device, error)
+                continue
+            facts = self._facts(total, text, result.loss, result.num_tokens)
+            if self._spec is self._moves:
+                record = total.add(result.update, facts)
+            else:
+                record = total.add_parts(self._sent([Part(0, result.update)]), facts)
+            outcome.add(device, record, result.loss)
 
     def _sent(self, parts: list[Part]) -> list[Part]:
         """Return what a device sends of its update."""
         return parts if self._spec is self._moves else restricted(parts, self._moves, self._spec)
 
-    def _facts(self, total: ClippedSum, device: int, loss: float, num_tokens: int) -> Facts:
+    def _facts(self, total: ClippedSum, text: Words, loss: float, num_tokens: int) -> Facts:
         """Return what the round's riders may ask; the words only where one does."""
         asks_words = any(isinstance(rider, WordMap) for rider in total.clipper.riders)
-        return Facts(loss, num_tokens, self._tokens(device).astype(np.int64) if asks_words else NO_WORDS)
+        return Facts(loss, num_tokens, text.astype(np.int64) if asks_words else NO_WORDS)
 
-    def _tokens(self, device: int) -> npt.NDArray[np.int32]:
+    def _tokens(self, device: int) -> Words:
         phrase = self._canaries.tokens(device)
         return self._experiment.store.tokens(int(self._fleet[device])) if phrase is None else phrase
 
@@ -233,6 +272,11 @@ class _Outcome:
         else:
             self.failed[device] = NOT_FINITE
 
+    def fail(self, device: int, error: Exception) -> None:
+        """Note a device that has failed and contributes zero."""
+        log.debug("device %d failed", device, exc_info=error)
+        self.failed[device] = one_line(error)
+
     def reply(self, *, stale: bool, tells_all: bool = False) -> TrainReply:
         """Return what the server is told; without noise, and so only if `tells_all`, norms, losses and causes."""
         devices, norms, losses = zip(*self.trained, strict=True) if self.trained else ((), (), ())
@@ -245,6 +289,11 @@ class _Outcome:
             causes=list(self.failed.values()) if tells_all else ["not told"] * len(self.failed),
             peak_mb=_peak_mb(),
         )
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception's type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextmanager

@@ -6,7 +6,7 @@
     ├── OutputError            exit 1   the run folder cannot be written (read-only, no space)
     ├── WorkerError            exit 1   no worker is left to run the round's devices
     ├── BudgetExceededError    exit 3   the privacy budget would be exceeded
-    └── Interrupted            exit 130 Ctrl-C; a checkpoint was written
+    └── Interrupted            exit 130 Ctrl-C or SIGTERM; a checkpoint was written
 
 Each message is one line: what is wrong, the value, what is allowed, the fix.
 """
@@ -47,6 +47,6 @@ class BudgetExceededError(FedlmError):
 
 
 class Interrupted(FedlmError):  # noqa: N818  named like KeyboardInterrupt: not an error of the program
-    """The user pressed Ctrl-C; the run can be resumed."""
+    """Ctrl-C or SIGTERM ended the program; the run can be resumed."""
 
     exit_code = 130

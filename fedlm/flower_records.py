@@ -7,15 +7,23 @@ never does.
 from __future__ import annotations
 
 import math
-from io import BytesIO
-from typing import Any, TypeAlias, TypeVar, cast
+import re
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
+from fedlm.errors import DataError
 from fedlm.messages import pack, unpack
 
+# A header as numpy writes it, for numbers. `numpy.lib.format` evaluates the text that came, and then allocates by it.
+_HEADER = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|\x02\x00....)\{'descr': '(?P<descr>[<>|=]?[a-zA-Z]\d{0,2})', "
+    rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>(?:\d{1,19}, ?)*(?:\d{1,19})?)\), \} *\n",
+    re.DOTALL,
+)
+_LONGEST_HEADER, _MOST_DIMENSIONS = 2048, 32
 Message = TypeVar("Message")
 Records: TypeAlias = dict[str, ArrayRecord | MetricRecord | ConfigRecord]
 
@@ -30,17 +38,37 @@ def to_records(name: str, message: Any) -> Records:
 
 
 def from_records(cls: type[Message], name: str, records: RecordDict) -> Message:
-    """Rebuild the message of class `cls` that `to_records(name, ...)` packed; its arrays are read-only, not copied."""
-    arrays = {key: _view(array) for key, array in records.array_records[f"{name}.arrays"].items()}
-    return unpack(cls, arrays, dict(records.config_records[f"{name}.scalars"]))
+    """Rebuild the message of class `cls` that `to_records(name, ...)` packed; its arrays are read-only, not copied.
+
+    Nothing is allocated by what the sender says of sizes, so a message costs no more than the bytes that came.
+
+    Raises:
+        DataError: Records, fields or arrays are missing or are not what such a message has.
+    """
+    arrays, scalars = records.get(f"{name}.arrays"), records.get(f"{name}.scalars")
+    if not isinstance(arrays, ArrayRecord) or not isinstance(scalars, ConfigRecord):
+        raise DataError(f"the records '{name}.arrays' and '{name}.scalars' of a {cls.__name__} are missing")
+    return unpack(cls, {str(key): _view(str(key), array) for key, array in arrays.items()}, dict(scalars))
 
 
-def _view(array: Array) -> npt.NDArray[Any]:
-    """Return `array.numpy()`, which copies, as a view of the bytes; whatever is not plain is left to flwr to judge."""
-    head = BytesIO(array.data)  # shares the bytes
-    if array.stype != "numpy.ndarray" or np.lib.format.read_magic(head) != (1, 0):
-        return array.numpy()
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
-    if fortran_order or dtype.hasobject:
-        return array.numpy()
-    return np.frombuffer(array.data, dtype, math.prod(shape), head.tell()).reshape(shape)
+def _view(name: str, array: Array) -> npt.NDArray[Any]:
+    """Return an array that travels as a .npy file (of version 1 or 2) as a view of the file's bytes."""
+    file = array.data
+    if array.stype != "numpy.ndarray" or not isinstance(file, bytes):
+        raise DataError(f"array '{name}' is a {str(array.stype)[:40]!r}, must be the bytes of a numpy.ndarray")
+    head = _HEADER.match(file[:_LONGEST_HEADER])
+    if head is None:
+        raise DataError(f"array '{name}' does not begin like a .npy file of plain numbers")
+    kind = head["descr"].decode()
+    if "O" in kind:
+        raise DataError(f"array '{name}' holds pickled objects; they are never loaded (allow_pickle = False)")
+    try:
+        dtype = np.dtype(kind)
+    except TypeError as error:
+        raise DataError(f"array '{name}' is of the unknown type {kind!r}") from error
+    shape = tuple(int(n) for n in head["shape"].split(b",") if n.strip())
+    count, start = math.prod(shape), head.end()
+    if len(shape) > _MOST_DIMENSIONS or count * dtype.itemsize != len(file) - start:
+        raise DataError(f"array '{name}' claims {dtype} {shape[:4]}, but its buffer has {len(file) - start:,} bytes")
+    order: Literal["C", "F"] = "F" if head["fortran"] == b"True" else "C"
+    return np.frombuffer(file, dtype, count, start).reshape(shape, order=order)

@@ -9,13 +9,15 @@ Each message is a frozen dataclass of arrays and scalars; `pack` and `unpack` sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.errors import DataError
 from fedlm.trainable.spec import RowIds, Vector
 
 Scalar = int | float | str | bool | bytes | list[int] | list[float] | list[str]
@@ -151,5 +153,44 @@ def pack(message: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Scalar]]:
 
 
 def unpack(cls: type[Message], arrays: Mapping[str, npt.NDArray[Any]], scalars: Mapping[str, Any]) -> Message:
-    """Rebuild a message of class `cls`; the inverse of `pack`."""
-    return cls(**{**arrays, **scalars})
+    """Rebuild a message of class `cls`, the inverse of `pack`; whoever sent it may have sent anything.
+
+    Raises:
+        DataError: Not exactly the fields of `cls`, or one of another type; arrays of a given dtype are vectors (n,).
+    """
+    types, values = _field_types(cast(Hashable, cls)), {**scalars, **arrays}
+    if values.keys() != types.keys():
+        missing, unknown = sorted(types.keys() - values.keys()), sorted(map(str, values.keys() - types.keys()))
+        raise DataError(f"a {cls.__name__} lacks the fields {missing} and has the unknown fields {unknown[:3]}")
+    for name, value in values.items():
+        if not _is_of(types[name], value):
+            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise DataError(f"{cls.__name__}.{name} is of type {found}, must be {_described(types[name])}")
+    return cls(**values)
+
+
+@cache
+def _field_types(cls: Hashable) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cast(Any, cls))}
+
+
+def _dtype_of(kind: Any) -> Any:
+    """Return the scalar type of an array's annotation."""
+    return get_args(get_args(kind)[1])[0]
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Tell whether a value is what an annotation says: a vector, a list of scalars, or a scalar; no bool is an int."""
+    if get_origin(kind) is np.ndarray:
+        dtype = _dtype_of(kind)
+        return type(value) is np.ndarray and (dtype is Any or (value.dtype == dtype and value.ndim == 1))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], item) for item in value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is np.ndarray:
+        return f"a vector of {getattr(_dtype_of(kind), '__name__', 'any type')}"
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)

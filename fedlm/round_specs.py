@@ -1,4 +1,4 @@
-"""What moves, what travels and what changes in a round: three specs, which are one unless the strategy says otherwise."""
+"""What moves, what travels and what changes in a round: three specs, one and the same unless the strategy differs."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ def step(
     values, rest = release.spec.gather(state.model.values), _checksums(state.model.values, full, changes)
     # What is learnt for the next round comes first: a strategy may write into the mean.
     privacy = plan.next_state(state.privacy, release, clip=clip, values=values)
-    try:
-        model, diagnostics = strategy.step(state.model, release)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}.step failed or returned something else than (state, diagnostics): {error}") from error
-    if not isinstance(model, StrategyState) or model.values.shape != (full.size,) or model.values.dtype != np.float32:
-        found = f"{model.values.dtype} {model.values.shape}" if isinstance(model, StrategyState) else type(model).__name__
+    stepped = strategy.step(state.model, release)
+    if not (isinstance(stepped, tuple) and len(stepped) == 2 and isinstance(stepped[0], StrategyState)):
+        raise ConfigError(f"{name}.step returned {type(stepped).__name__}; it must return (StrategyState, diagnostics)")
+    model, diagnostics = stepped
+    if model.values.shape != (full.size,) or model.values.dtype != np.float32:
+        found = f"{model.values.dtype} {model.values.shape}"
         raise ConfigError(f"{name}.step returned values of {found}; they must be float32 ({full.size},)")
     now = _checksums(model.values, full, changes)
     if changed := sorted(block for block, total in now.items() if rest[block] != total):

@@ -17,6 +17,7 @@ from fedlm.experiment import Experiment, is_pretrained, starts_from_base
 from fedlm.planning.forecast import round_spec, structure
 from fedlm.plugins import load_object
 from fedlm.privacy.allocation import groups_of
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.strategy import Strategy
 from fedlm.trainable.adapters import save_adapter
@@ -24,6 +25,8 @@ from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.training.base import base_folder, has_base
 from fedlm.training.group import why_not_grouped
 from fedlm.training.pretrain import pretrain
+from server.cohort_key import NAME as COHORT_KEY
+from server.cohort_key import stored_cohort_key
 from server.engine import Engine, Listener
 from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
@@ -79,7 +82,7 @@ def main(grid: Grid, context: Context) -> None:
         engine = Engine(
             grid,
             experiment,
-            plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed),
+            plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed, cohort_key=stored_cohort_key(folder)),
             strategy=strategy_of(config.strategy),
             spec=trainable.spec,
             values=trainable.initial_values(),
@@ -180,4 +183,5 @@ def new_folder(path: Path, experiment: Experiment, trainable: Trainable) -> RunF
     strategy_of(experiment.config.strategy)
     plan = plan_of(experiment, public_moments(experiment, trainable))
     texts = {CONFIG: config_to_toml(experiment.config), PLAN: plan.to_json()}
-    return RunFolder.create(path, texts, bytes_needed=16 * trainable.spec.num_bytes)
+    secrets = {} if plan.reproducible_cohorts else {COHORT_KEY: CohortKey.fresh().to_text() + "\n"}
+    return RunFolder.create(path, texts, bytes_needed=16 * trainable.spec.num_bytes, secrets=secrets)

@@ -1,7 +1,8 @@
 """devices.csv: what became of every sampled device in every round, on request.
 
 A round's lines are on disk before its release is, so every released round has all of its lines; a resumed run drops
-those of rounds that were never released. The file tells who took part: it belongs to the operator alone.
+those of rounds that were never released. The file tells who took part, as the key of the cohorts does: it belongs to
+the operator alone, who alone may read it, and it stays when the run has ended.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlm.errors import OutputError
+from server.run_folder import owners_alone
 from server.turnout import OUTCOMES, Turnout
 
 NAME = "devices.csv"
@@ -36,7 +38,7 @@ class DeviceLog:
         columns = (turnout.task.cohort, turnout.outcomes, turnout.seconds, turnout.bytes_down, turnout.bytes_up)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         lines = [f"{t},{device},{OUTCOMES[what]},{s:.3f},{down},{up}\n" for device, what, s, down, up in rows]
-        with self._explained(), self._path.open("a") as stream:
+        with self._explained(), open(self._path, "a", encoding="utf-8", opener=owners_alone) as stream:
             stream.write(("" if stream.tell() else _HEADER) + "".join(lines))
 
     def rewind(self, last_round: int) -> None:

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedlm.messages import PartialSum, TrainRequest
+from fedlm.data.store import TokenStore
+from fedlm.messages import EvaluateReply, EvaluateRequest, PartialSum, TrainReply, TrainRequest
 from fedlm.trainable.spec import RowIds
-from server.exchange import Exchange, Order, wait_for_nodes
+from server.exchange import Exchange, Order
+from server.nodes import Nodes
 from server.pieces import cut_pieces
-from server.sum_exchange import SumExchange, nodes_remember
+from server.reply_checks import evaluation_reader
+from server.sum_exchange import SumExchange
 
 
 class Dispatcher:
@@ -27,41 +29,46 @@ class Dispatcher:
     """
 
     def __init__(self, grid: Grid, timeout_s: float, on_lost: Callable[[int, str], None]) -> None:
-        self._grid = grid
-        self._timeout_s = timeout_s
+        self._grid, self._nodes = grid, Nodes(grid, timeout_s)
         self._on_lost = on_lost
 
-    def evaluate(self, order: Order, requests: Sequence[Any]) -> Iterator[tuple[int, RecordDict]]:
+    def evaluate(
+        self, order: Order, requests: Sequence[EvaluateRequest], store: TokenStore
+    ) -> Iterator[tuple[int, EvaluateReply]]:
         """Yield `(index of the request, reply)` in the order of arrival.
 
+        Arguments:
+            order: What all messages share.
+            requests: Which users to score.
+            store: The corpus that they are in.
+
         Raises:
-            WorkerError: A request failed on every node that tried it.
+            WorkerError: A request failed too often, or no node is left.
         """
-        exchange = Exchange(self._grid, order, requests, timeout_s=self._timeout_s, on_lost=self._on_lost)
-        return exchange.replies()
+        return Exchange(self._nodes, order, requests, read=evaluation_reader(store), on_lost=self._on_lost).replies()
 
     def train(
         self, order: Order, requests: Sequence[TrainRequest], take: Callable[[PartialSum], None]
-    ) -> Iterator[tuple[int, RecordDict]]:
+    ) -> Iterator[tuple[int, TrainReply]]:
         """Yield `(index of the request, reply)`; an index may come again, and then the later reply counts.
 
         Arguments:
             order: What all messages share.
             requests: The pieces.
-            take: Called with partial sums that together hold every piece exactly once.
+            take: Called with partial sums that together hold every piece exactly once. It raises `DataError`, and adds
+                nothing, for a sum that cannot be used.
 
         Raises:
-            WorkerError: A request failed on every node that tried it.
+            WorkerError: A request failed too often, or no node is left.
         """
         if not requests:
             return iter(())
-        exchange = SumExchange(self._grid, order, requests, timeout_s=self._timeout_s, on_lost=self._on_lost, take=take)
-        return exchange.replies()
+        return SumExchange(self._nodes, order, requests, on_lost=self._on_lost, take=take).replies()
 
     def take_events(self) -> list[dict[str, Any]]:
-        """Return what has happened to workers since the last call; nothing from a grid that keeps no record."""
+        """Return what has happened to workers and nodes since the last call, as far as the grid keeps a record."""
         events: list[dict[str, Any]] = getattr(self._grid, "take_events", list)()
-        return events
+        return [*events, *self._nodes.take_events()]
 
     def figures(self) -> dict[str, float]:
         """Return the grid's own figures for the ledger; none from a grid that has none."""
@@ -85,8 +92,8 @@ class Dispatcher:
         """
         if not groups:
             return []
-        num_nodes = len(wait_for_nodes(self._grid, self._timeout_s))
-        pieces = cut_pieces(num_tokens, groups, num_nodes=num_nodes, one_each=not nodes_remember(self._grid))
+        num_nodes = len(self._nodes.wait())
+        pieces = cut_pieces(num_tokens, groups, num_nodes=num_nodes, one_each=not self._nodes.remember)
         return [
             TrainRequest(cohort[np.concatenate(piece)], np.array([len(group) for group in piece]), clipper)
             for piece in pieces

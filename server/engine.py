@@ -7,7 +7,7 @@ evaluate. Nothing of a round reaches metrics, nodes or the strategy before its r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -16,9 +16,8 @@ from flwr.serverapp import Grid
 
 from fedlm.data.batching import evaluation_users
 from fedlm.experiment import Experiment
-from fedlm.flower_records import from_records
 from fedlm.losses.evaluation import Score
-from fedlm.messages import EvaluateReply, EvaluateRequest, PartialSum, TrainReply, TrainRequest
+from fedlm.messages import EvaluateRequest, PartialSum, TrainRequest
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
@@ -29,13 +28,14 @@ from fedlm.trainable.spec import UpdateSpec, Vector
 from fedlm.training.groups import group_devices
 from server.broadcast import Broadcaster
 from server.claim import devices_and_users, privacy_figures
+from server.cohort_key import forget_cohort_key
 from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
 from server.noise_keys import NoiseKeys
 from server.resume import check_unchanged, experiment_hash, release_arrays, replayed, state_arrays, state_of
 from server.round import Round, RoundOpener
 from server.round_lines import CohortReport, RunLines, json_number, now
-from server.run_folder import RunFolder
+from server.run_folder import NOTHING, RunFolder
 from server.turnout import Fleet
 
 Listener = Callable[[dict[str, object]], None]
@@ -104,29 +104,37 @@ class Engine:
         """Go back to the newest state on disk and replay the journal; released rounds are never released again."""
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is None:  # killed before the base was stored: nothing was released
+            self._folder.rewind(NOTHING)
             self._rewind_keys(0)
             self.start()
             return
         done, arrays, meta = checkpoint
         check_unchanged(self._folder, self._config, meta["experiment"], self._described_fleet)
-        self._state = state_of(arrays, meta)
+        self._state, self._diagnostics = state_of(arrays, meta), meta["diagnostics"]
+        if self._folder.is_finished():  # its cohorts are forgotten, and its ledger is closed
+            return
         for t in range(1, done + 1):
             self._rounds.count(t, self._state.privacy)
-        for self._state in replayed(self._folder, self._rounds, self._strategy, self._plan, self._state):
-            pass
+        for state, diagnostics in replayed(self._folder, self._rounds, self._strategy, self._plan, self._state):
+            self._state = state
+            self._note(diagnostics)
         done = self._round_number = self._num_released = self.state.num_steps
-        self._rewind_keys(done)
+        if done < self._config.rounds:  # else they may be gone already: nothing more will be released
+            self._rewind_keys(done)
         self._device_log.rewind(done)
         self._mend_lines(done)
         self._folder.ledger({"event": "resume", "round": done, "time": now()})
 
     def run(self) -> None:
-        """Train the rounds that are left; Ctrl-C leaves a checkpoint.
+        """Train the rounds that are left; an interrupt leaves a checkpoint.
 
         Raises:
             BudgetExceededError: Before the round that would exceed the privacy budget.
             KeyboardInterrupt: After the checkpoint was written.
         """
+        if self._folder.is_finished():
+            self._forget_secrets()
+            return
         try:
             for t in range(self.state.num_steps + 1, self._config.rounds + 1):
                 self._plan.check_release(t - 1)
@@ -137,8 +145,15 @@ class Engine:
             self._end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         self._checkpoint()
-        self._noise_keys.forget()
         self._end("finished")
+        self._forget_secrets()
+
+    def _forget_secrets(self) -> None:
+        """Delete what only a run that goes on needs; after its end is in the ledger, which a resumed run goes by."""
+        self._noise_keys.forget()
+        is_audit = self._experiment.canaries.count > 0  # an audit asks when its canaries were sampled
+        if not (is_audit or self._config.privacy.keep_cohort_key):
+            forget_cohort_key(self._folder)
 
     def _run_round(self, t: int) -> None:
         started, self._round_number = time.monotonic(), t
@@ -146,7 +161,7 @@ class Engine:
         total, report = self._collect(opened)
         release, record = self._release(opened, total, report, started)
         self._step(opened, release)
-        self._close(opened, record, started)
+        self._close(opened, record)
 
     def _collect(self, opened: Round) -> tuple[ClippedSum, CohortReport]:
         """Let the nodes train the round's devices; returns the exact sum and what the simulation saw."""
@@ -159,8 +174,7 @@ class Engine:
         with ThreadPoolExecutor(1) as side:
             side.submit(self._plan.epsilon, opened.number)  # for the metrics; counted while the nodes train
             order = self._broadcaster.training(opened, self._state)
-            for index, records in self._dispatcher.train(order, self._requests(opened), take):
-                reply = from_records(TrainReply, "reply", records)
+            for index, reply in self._dispatcher.train(order, self._requests(opened), take):
                 report.add(index, reply)
                 self._lines.peak_mb = max(self._lines.peak_mb, reply.peak_mb)
                 event = {"event": "device_done", "round": opened.number, "done": report.done, "total": len(training)}
@@ -201,21 +215,23 @@ class Engine:
             self._strategy, self._plan, self._state, release, clip=opened.clip, changes=opened.specs.changes
         )
         self._state_is_whole = True
+        self._note(diagnostics)
+
+    def _note(self, diagnostics: Mapping[str, float]) -> None:
         self._diagnostics = {name: json_number(float(value)) for name, value in diagnostics.items()}
 
-    def _close(self, opened: Round, record: dict[str, Any], started: float) -> None:
+    def _close(self, opened: Round, record: dict[str, Any]) -> None:
         """Write the round's lines, a checkpoint and an evaluation where they are due."""
         t = opened.number
         for line in record["ledger"]:
             self._folder.ledger(line)
         if t % self._config.execution.checkpoint_every == 0 and t < self._config.rounds:
             self._checkpoint()
-        rate = len(opened.turnout.training) / max(time.monotonic() - started, 1e-9)
         line = self._lines.evaluated(
             record["metrics"], self._diagnostics, self._evaluate() if self._is_evaluated(t) else None
         )
         self._folder.metric(line)
-        self._listener(self._lines.announcement(line, rate))
+        self._listener(self._lines.announcement(line, len(opened.turnout.training)))
 
     def _plan_evaluation(self) -> list[EvaluateRequest]:
         rng = stream(seed_key(self._config.seed), "evaluation")
@@ -226,10 +242,11 @@ class Engine:
     def _evaluate(self) -> Score:
         """Score the held-out users; parts are added in a fixed order, so the figure does not depend on the workers."""
         parts: dict[int, Score] = {}
-        for index, records in self._dispatcher.evaluate(self._broadcaster.evaluation(self._state), self._eval_requests):
-            reply = asdict(from_records(EvaluateReply, "reply", records))
-            del reply["stale"]
-            parts[index] = Score(**reply)
+        order, store = self._broadcaster.evaluation(self._state), self._experiment.store
+        for index, reply in self._dispatcher.evaluate(order, self._eval_requests, store):
+            figures = asdict(reply)
+            del figures["stale"]
+            parts[index] = Score(**figures)
         return sum((parts[i] for i in range(len(parts))), Score())
 
     def _is_evaluated(self, t: int) -> bool:
@@ -261,6 +278,7 @@ class Engine:
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
             "privacy": self._plan.figures(),
             "privacy_state": self._state.privacy.to_text(),
+            "diagnostics": self._diagnostics,  # the round's line may not have been written yet
         }
         is_audit = self._experiment.canaries.count > 0  # an audit looks at every release
         self._folder.write_checkpoint(self.state.num_steps, state_arrays(self._state), meta, keep_journal=is_audit)

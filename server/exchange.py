@@ -2,6 +2,10 @@
 
 Nodes take the next piece when they return one, so uneven devices balance themselves. Each piece is out at one node at
 a time; a reply to a message that was given up is never read.
+
+A piece that fails (an error reply, silence) is tried `MAX_ATTEMPTS` times, then the exchange ends: the piece may be
+what is wrong. A reply that cannot be used (`server.reply_checks`) is the node's fault and costs the piece no attempt:
+the node is left out of the run after a few (`server.nodes`), so there is an end to these too.
 """
 
 from __future__ import annotations
@@ -11,13 +15,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message, RecordDict
 
-from fedlm.errors import WorkerError
+from fedlm.errors import DataError, WorkerError
 from fedlm.flower_records import Records, to_records
+from fedlm.messages import EvaluateReply, TrainReply
+from server.nodes import Nodes
+from server.reply_checks import plain_line
+
+Reply = TypeVar("Reply", bound=TrainReply | EvaluateReply)
 
 IN_FLIGHT_PER_NODE = 2  # one running, one waiting, so that no node idles while its reply travels
 MAX_ATTEMPTS = 4
@@ -68,39 +76,40 @@ class Outgoing:
     pieces: tuple[Piece, ...]
 
 
-class Exchange:
+class Exchange(Generic[Reply]):
     """Sends requests whose replies stand for themselves, such as evaluations.
 
     Arguments:
-        grid: Any Flower grid.
+        nodes: Who may get work; one that has work and is silent for longer than their time-out is given up for it.
         order: What all messages share.
         requests: The pieces of work, dataclasses of `fedlm.messages`.
-        timeout_s: A node that has work and is silent for longer is given up for that work.
+        read: Makes the reply to a request of the records that came; raises `DataError` for what cannot be used.
         on_lost: Called with `(node, reason)` when a message has failed.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        nodes: Nodes,
         order: Order,
         requests: Sequence[Any],
         *,
-        timeout_s: float,
+        read: Callable[[Any, RecordDict], Reply],
         on_lost: Callable[[int, str], None],
     ) -> None:
-        self._grid, self._order, self._timeout_s, self._on_lost = grid, order, timeout_s, on_lost
+        self._nodes, self._order, self._read, self._on_lost = nodes, order, read, on_lost
+        self._grid, self._timeout_s = nodes.grid, nodes.timeout_s
         self._waiting = deque(Piece(index, request) for index, request in enumerate(requests))
         self._sent: dict[str, Outgoing] = {}  # by message id, in the order of pushing
         self._load: Counter[int] = Counter()  # messages that a node has
         self._heard: dict[int, float] = {}  # when a node last replied, or got work while it had none
 
-    def replies(self) -> Iterator[tuple[int, RecordDict]]:
+    def replies(self) -> Iterator[tuple[int, Reply]]:
         """Yield `(index of the request, reply)` in the order of arrival.
 
         A subclass may yield an index again; the later reply then replaces the earlier one.
 
         Raises:
-            WorkerError: A piece failed on every node that tried it, or there is no node.
+            WorkerError: A piece failed too often, or there is no node, or none is left.
         """
         while True:
             self._push(list(self._next_pieces()))
@@ -119,23 +128,58 @@ class Exchange:
         """Return the request as this node gets it."""
         return piece.request
 
-    def _accept(self, sent: Outgoing, content: RecordDict) -> Iterator[tuple[int, RecordDict]]:
-        """Take in the reply to a message and yield what it answers."""
-        yield sent.pieces[0].index, content
+    def _accept(self, sent: Outgoing, content: RecordDict) -> Iterator[tuple[int, Reply]]:
+        """Take in the reply to a message and yield what it answers.
+
+        Raises:
+            DataError: It cannot be used; nothing was taken in.
+        """
+        if reply := self._fresh(sent, content):
+            yield sent.pieces[0].index, reply
+
+    def _fresh(self, sent: Outgoing, content: RecordDict) -> Reply | None:
+        """Return the reply to a piece; None if the node could not apply the patch and now gets the whole state."""
+        reply = self._read(sent.request, content)
+        if not reply.stale:
+            return reply
+        if sent.records is self._order.whole:
+            raise DataError("the node says that it is stale with the whole state, which fits any node")
+        self._push([self._outgoing(sent.node, sent.pieces[0], self._order.whole)])
+        return None
 
     def _other_messages(self) -> Iterable[Outgoing]:
         """Return what has to be sent besides pieces, once these have been given out."""
         return ()
 
     def _fail(self, sent: Outgoing, reason: str) -> None:
-        """Have the pieces of a failed message done again, elsewhere if there is another node."""
-        self._on_lost(sent.node, reason)
+        """Count an attempt of the pieces of a message that has failed, and have them done again."""
+        self._redo(sent, reason)
         for piece in sent.pieces:
             piece.attempts += 1
-            piece.avoid.add(sent.node)
             if piece.attempts >= MAX_ATTEMPTS:
                 raise WorkerError(f"a piece of work failed {piece.attempts} times, last on node {sent.node}: {reason}")
+
+    def _refuse(self, sent: Outgoing, reason: str) -> None:
+        """Have the pieces of a reply that cannot be used done again, and all of the node's if it is now left out."""
+        self._redo(sent, self._nodes.refuse(sent.node, reason))
+        if self._nodes.is_left_out(sent.node):
+            for message_id, other in list(self._sent.items()):
+                if other.node == sent.node:
+                    self._forget(message_id)
+                    self._again(other.pieces)
+
+    def _redo(self, sent: Outgoing, reason: str) -> None:
+        """Have the pieces of a message done again, elsewhere if there is another node."""
+        self._on_lost(sent.node, reason)
+        for piece in sent.pieces:
+            piece.avoid.add(sent.node)
         self._again(sent.pieces)
+
+    def _forget(self, message_id: str) -> Outgoing:
+        """Await no reply to a message any more."""
+        sent = self._sent.pop(message_id)
+        self._load[sent.node] -= 1
+        return sent
 
     def _again(self, pieces: Sequence[Piece]) -> None:
         self._waiting.extendleft(reversed(pieces))
@@ -144,7 +188,7 @@ class Exchange:
         """Give every node one piece before any gets a second."""
         if not self._waiting:
             return
-        nodes = wait_for_nodes(self._grid, self._timeout_s)
+        nodes = self._nodes.wait()
         given = Counter({node: self._load[node] for node in nodes})
         for limit in range(1, IN_FLIGHT_PER_NODE + 1):
             for node in nodes:
@@ -184,40 +228,22 @@ class Exchange:
                 self._heard[one.node] = time.monotonic()
             self._load[one.node] += 1
 
-    def _settle(self, reply: Message) -> Iterator[tuple[int, RecordDict]]:
-        sent = self._sent.pop(reply.metadata.reply_to_message_id)
-        self._load[sent.node] -= 1
+    def _settle(self, reply: Message) -> Iterator[tuple[int, Reply]]:
+        if reply.metadata.reply_to_message_id not in self._sent:
+            return  # given up meanwhile, or answered twice
+        sent = self._forget(reply.metadata.reply_to_message_id)
         self._heard[sent.node] = time.monotonic()
         if reply.has_error():
-            self._fail(sent, reply.error.reason or f"error {reply.error.code}")
-        elif _is_stale(reply.content):
-            self._push([self._outgoing(sent.node, sent.pieces[0], self._order.whole)])
-        else:
+            self._fail(sent, plain_line(reply.error.reason) or f"error {reply.error.code}")
+            return
+        try:
             yield from self._accept(sent, reply.content)
+        except DataError as error:
+            self._refuse(sent, plain_line(error))
 
     def _give_up_silent_nodes(self) -> None:
         now = time.monotonic()
         for message_id, sent in list(self._sent.items()):
             if now - self._heard[sent.node] > self._timeout_s:
-                del self._sent[message_id]
-                self._load[sent.node] -= 1
+                self._forget(message_id)
                 self._fail(sent, f"no reply within {self._timeout_s:.0f} s")
-
-
-def wait_for_nodes(grid: Grid, timeout_s: float) -> list[int]:
-    """Return the ids of the nodes, waiting for the first one until the time-out.
-
-    Raises:
-        WorkerError: None came.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not (nodes := sorted(grid.get_node_ids())):
-        if time.monotonic() > deadline:
-            raise WorkerError(f"no node joined within {timeout_s:.0f} s; start clients, then run again")
-        time.sleep(0.2)
-    return nodes
-
-
-def _is_stale(content: RecordDict) -> bool:
-    scalars = content.get("reply.scalars")
-    return isinstance(scalars, ConfigRecord) and bool(scalars.get("stale"))

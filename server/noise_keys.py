@@ -1,10 +1,10 @@
 """noise_keys: the keys of correlated noise, one line a round, for the operator's eyes alone.
 
 Correlated noise subtracts in later rounds what it added in earlier ones; a resumed run therefore needs the earlier
-draws again, and each follows from a 128-bit key. A round's key is on disk before its release is in the journal. If the
-run dies between the two, `rewind` throws the key away, and the round, whose sum may come out otherwise the second time,
-draws another. Whoever has this file can subtract the noise of the releases: it is readable by its owner only, and gone
-when the run has ended.
+draws again, and each follows from a 128-bit key. A round's key is on disk before its release is begun. If the run dies
+before the release is whole, `rewind` throws the key away, and the round, whose sum may come out otherwise the second
+time, draws another; a whole release is adopted with its key (`server.journal`). Whoever has this file can subtract the
+noise of the releases: it is readable by its owner only, and gone when the run has ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NoiseKeys:
         Raises:
             DataError: The lines are not those of consecutive rounds.
         """
-        text = self._path.read_text() if self._path.exists() else ""
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         lines = [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if [line[0] for line in lines] != [str(t) for t in range(1, len(lines) + 1)]:
             raise DataError(f"{self._path} does not have the rounds 1, 2, 3, ...; restore it, or start a new run")
@@ -44,7 +44,7 @@ class NoiseKeys:
         """Make a round's key durable."""
         try:
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            with os.fdopen(handle, "w") as stream:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(f"{round_number} {key:032x}\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -67,7 +67,7 @@ class NoiseKeys:
             )
         text = "".join(f"{t} {key:032x}\n" for t, key in enumerate(keys[:last_round], 1))
         handle = os.open(self._next, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -50,13 +50,13 @@ def state_of(arrays: Arrays, meta: Mapping[str, Any]) -> ServerState:
 
 def replayed(
     folder: RunFolder, rounds: RoundOpener, strategy: Strategy, plan: PrivacyPlan, state: ServerState
-) -> Iterator[ServerState]:
-    """Yield the state after each journalled round that `state` does not know yet: no round is released again."""
+) -> Iterator[tuple[ServerState, dict[str, float]]]:
+    """Yield state and diagnostics after each journalled round that `state` does not know; none is released again."""
     for t, arrays in folder.releases(after=state.model.num_steps):
         opened = rounds.open(t, state.privacy)
         release = release_of(arrays, opened.specs.sends, opened.noise_std)
-        state, _ = step(strategy, plan, state, release, clip=opened.clip, changes=opened.specs.changes)
-        yield state
+        state, diagnostics = step(strategy, plan, state, release, clip=opened.clip, changes=opened.specs.changes)
+        yield state, diagnostics
 
 
 def experiment_hash(config: Config) -> str:

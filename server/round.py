@@ -164,6 +164,6 @@ def check_switches(strategy: Strategy, spec: UpdateSpec, plan: PrivacyPlan) -> N
     allocation = plan.adaptation.allocation if plan.enabled else "isotropic"
     if allocation != "isotropic" and any(groups_of(one) != groups_of(first) for one in sent):
         raise ConfigError(
-            f"{name} sends other kinds of blocks in other rounds, among which privacy.allocation = {allocation!r} cannot "
-            "allocate noise; set it to isotropic"
+            f"{name} sends other kinds of blocks in other rounds, among which privacy.allocation = {allocation!r} "
+            "cannot allocate noise; set it to isotropic"
         )

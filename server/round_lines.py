@@ -91,7 +91,7 @@ class CohortReport:
 
     def non_private(self) -> dict[str, Any]:
         """Return diagnostics computed from raw updates; a real deployment has no right to them."""
-        replies = self._replies.values()
+        replies = [r for r in self._replies.values() if len(r.non_private_losses) == len(r.devices)]
         devices, norms, losses = (
             np.concatenate([np.empty(0), *(getattr(reply, name) for reply in replies)])
             for name in ("devices", "non_private_norms", "non_private_losses")
@@ -104,12 +104,13 @@ class CohortReport:
                 "clip_fraction": None,
             }
         losses = losses[np.argsort(devices)]  # a mean depends on the order, and the order must not on the nodes
-        return {
-            "train_loss": float(losses.mean()),
-            "client_norm_median": float(np.median(norms)),
-            "client_norm_p90": float(np.quantile(norms, 0.9)),
-            "clip_fraction": float((norms > self._clip_norm).mean()),
-        }
+        with np.errstate(all="ignore"):  # a diverged device's loss may be anything
+            return {
+                "train_loss": json_number(float(losses.mean())),
+                "client_norm_median": json_number(float(np.median(norms))),
+                "client_norm_p90": json_number(float(np.quantile(norms, 0.9))),
+                "clip_fraction": float((norms > self._clip_norm).mean()),
+            }
 
 
 def json_number(value: float) -> float | None:
@@ -187,8 +188,8 @@ class RunLines:
         names = ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
         return {**diagnostics, **line, **{name: getattr(score, name, None) for name in names}}
 
-    def announcement(self, line: Mapping[str, Any], devices_per_second: float) -> dict[str, Any]:
-        """Return the progress event of a finished round."""
+    def announcement(self, line: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
+        """Return the progress event of a finished round, whose speed leaves evaluation out."""
         return {
             "event": "round",
             "round": line["round"],
@@ -196,7 +197,7 @@ class RunLines:
             "perplexity": line["perplexity"],
             "epsilon": line["epsilon"],
             "megabytes": line["megabytes_up"] + line["megabytes_down"],
-            "devices_per_second": devices_per_second,
+            "devices_per_second": num_devices / max(line["round_seconds"], 1e-3),
         }
 
     def _privacy(self, release: Release, state: PrivacyState) -> dict[str, Any]:

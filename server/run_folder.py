@@ -2,6 +2,7 @@
 
     config.toml        the resolved experiment
     plan.json          the privacy plan as calibrated, so that a resumed run keeps its noise multiplier
+    cohort_key         who is sampled, until the run ends (`server.cohort_key`)
     metrics.jsonl      a line a round
     ledger.jsonl       bytes, seconds, failures by cause, privacy events
     lock               held by the process that runs in the folder
@@ -11,8 +12,12 @@
     report.html
 
 The journal is a write-ahead log: a round's release is on disk before anything is computed from it or sent, so a round
-that left the server is never released again with fresh noise, and a killed run continues from its last release. A
-checkpoint is only a shortcut that lets the journal be shortened.
+that left the server is never released again with fresh noise, and a killed run continues from its last release
+(`server.journal` says what becomes of one that was being written). A checkpoint is only a shortcut that lets the
+journal be shortened. All text is UTF-8, whatever the locale.
+
+The folder is its owner's (0700). What tells who was sampled, or anything of the devices without noise, is 0600 besides,
+for when the folder is copied or opened: keys, devices.csv, metrics, ledger, and the journal, which repeats both.
 """
 
 from __future__ import annotations
@@ -28,13 +33,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from fedlm.errors import DataError, OutputError
+from server.journal import encode_release, read_record, release_file, settle
 
 CONFIG, PLAN, LOCK = "config.toml", "plan.json", "lock"
+METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"
 KEEP_CHECKPOINTS = 2
+NOTHING = -2
+"""For `rewind`: before the lines that belong to no round, such as the first one of the ledger."""
 
 
 class RunFolder:
@@ -50,13 +59,16 @@ class RunFolder:
         self._journal = path / "journal"
 
     @classmethod
-    def create(cls, path: Path, texts: Mapping[str, str], *, bytes_needed: int) -> RunFolder:
+    def create(
+        cls, path: Path, texts: Mapping[str, str], *, bytes_needed: int, secrets: Mapping[str, str] | None = None
+    ) -> RunFolder:
         """Make a new run folder.
 
         Arguments:
             path: Where.
             texts: Files to start with: CONFIG and PLAN.
             bytes_needed: Room that checkpoints and journal will take.
+            secrets: Files that the owner alone may read; written before the texts make it a run folder.
 
         Raises:
             OutputError: It exists and is not empty, cannot be written, or the disk has too little room.
@@ -70,9 +82,12 @@ class RunFolder:
                     f"{path} has {free / 1e6:.0f} MB free, but checkpoints need {bytes_needed / 1e6:.0f} MB; "
                     "free some space or choose another --out"
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)  # it may have been there, empty
             folder._checkpoints.mkdir()
             folder._journal.mkdir()
+            for name, text in (secrets or {}).items():
+                write_atomically(path / name, text.encode(), owner_only=True)
             for name, text in texts.items():
                 write_atomically(path / name, text.encode())
         return folder
@@ -95,44 +110,58 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep every other process from running in this folder: two would release one round twice.
 
+        What a killed process left half-written is put in order first (`server.journal.settle`).
+
         Raises:
             OutputError: Another process runs in it.
         """
         with _explained(self.path):
-            stream = (self.path / LOCK).open("a")
+            stream = (self.path / LOCK).open("a", encoding="utf-8")
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(f"{self.path} is in use by another process; wait for it or end it") from None
+            with _explained(self.path):
+                self._put_in_order()
             yield
 
     def text(self, name: str) -> str:
         """Return one of the texts that the folder was created with."""
-        return (self.path / name).read_text()
+        return (self.path / name).read_text(encoding="utf-8")
 
     def metric(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        self._append("metrics.jsonl", line)
+        self._append(METRICS, line)
 
     def ledger(self, line: Mapping[str, Any]) -> None:
         """Append a line to ledger.jsonl."""
-        self._append("ledger.jsonl", line)
+        self._append(LEDGER, line)
+
+    def sync_ledger(self) -> None:
+        """Make the ledger's lines durable."""
+        with _explained(self.path), (self.path / LEDGER).open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    def is_finished(self) -> bool:
+        """Return whether the run has ended: every round is released, and nobody will be sampled any more."""
+        marks = [line for line in self.lines(LEDGER) if line.get("event") in ("start", "resume", "end")]
+        return bool(marks) and marks[-1].get("status") == "finished"
 
     def rewind(self, last_round: int) -> list[dict[str, Any]]:
         """Drop metrics and ledger lines of rounds after `last_round` and torn lines; return the metrics kept."""
-        for name in ("metrics.jsonl", "ledger.jsonl"):
+        for name in (METRICS, LEDGER):
             kept = [line for line in self.lines(name) if int(line.get("round", -1)) <= last_round]
             text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
             with _explained(self.path):
-                write_atomically(self.path / name, text.encode())
-        return self.lines("metrics.jsonl")
+                write_atomically(self.path / name, text.encode(), owner_only=True)
+        return self.lines(METRICS)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Return the objects of a .jsonl file; a torn last line is left out."""
         file = self.path / name
         parsed: list[dict[str, Any]] = []
-        for line in file.read_text().splitlines() if file.exists() else []:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
             try:
                 parsed.append(json.loads(line))
             except json.JSONDecodeError:
@@ -141,22 +170,20 @@ class RunFolder:
 
     def write_release(self, round_number: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Make a round's release durable; `record` is what metrics and ledger will say of the round."""
-        data = save(dict(arrays), metadata={"record": json.dumps(record, allow_nan=False)})
+        data = encode_release(arrays, record)
         with _explained(self.path):
-            write_atomically(self._release_file(round_number), data)
+            write_atomically(release_file(self._journal, round_number), data, owner_only=True)
 
     def releases(self, after: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield `(round, arrays)` of the journalled rounds after `after`, in order and without a gap."""
         expected = after + 1
-        while (file := self._release_file(expected)).exists():
+        while (file := release_file(self._journal, expected)).exists():
             yield expected, load_file(file)
             expected += 1
 
     def release_record(self, round_number: int) -> dict[str, Any]:
         """Return the record that `write_release` stored with this round."""
-        with safe_open(self._release_file(round_number), "np") as handle:
-            record: dict[str, Any] = json.loads(handle.metadata()["record"])
-            return record
+        return read_record(release_file(self._journal, round_number))
 
     def write_checkpoint(
         self, round_number: int, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, keep_journal: bool = False
@@ -189,19 +216,26 @@ class RunFolder:
         stem = self._checkpoints / f"round_{rounds[-1]:06d}"
         try:
             arrays = load_file(stem.with_suffix(".safetensors"))
-            return rounds[-1], arrays, json.loads(stem.with_suffix(".json").read_text())
+            return rounds[-1], arrays, json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError, SafetensorError) as error:
             fix = "delete both and resume from the one before" if len(rounds) > 1 else "the run cannot be resumed"
             raise DataError(f"checkpoint {stem}.json or .safetensors is damaged ({error}); {fix}") from error
 
-    def _release_file(self, round_number: int) -> Path:
-        return self._journal / f"round_{round_number:06d}.safetensors"
+    def _put_in_order(self) -> None:
+        """Settle the journal, and delete what was to become, or was left of, other files."""
+        rounds = self._rounds()
+        settle(self._journal, last_checkpoint=rounds[-1] if rounds else -1)
+        half_written = [f for name in (METRICS, LEDGER) for f in self.path.glob(f".{name}.*.tmp")]
+        half_written += self._checkpoints.glob(".round_*.tmp")
+        half_written += [f for f in self._checkpoints.glob("*.safetensors") if not f.with_suffix(".json").exists()]
+        for file in half_written:
+            file.unlink()
 
     def _rounds(self) -> list[int]:
         return sorted(int(f.stem.removeprefix("round_")) for f in self._checkpoints.glob("round_*.json"))
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with _explained(self.path), (self.path / name).open("a") as stream:
+        with _explained(self.path), open(self.path / name, "a", encoding="utf-8", opener=owners_alone) as stream:
             stream.write(json.dumps(line, allow_nan=False) + "\n")
 
 
@@ -226,11 +260,22 @@ def _nearest(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+def owners_alone(path: str, flags: int) -> int:
+    """Open a file that nobody but its owner may read if it is new; the `opener` of `open`."""
+    return os.open(path, flags, 0o600)
+
+
+def write_atomically(file: Path, data: bytes, *, owner_only: bool = False) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between.
+
+    Arguments:
+        file: Where; what was there is replaced.
+        data: All of it.
+        owner_only: Nobody else may read it, at no moment.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with open(temporary, "wb", opener=owners_alone if owner_only else None) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -7,11 +7,14 @@ Why every piece counts exactly once, whatever is lost, late, repeated or out of 
 
 * A node's sum has a name, made of this exchange, the node and a generation. The node drops a sum when it sees another
   name, so everything in a sum was asked for under one name.
-* When anything goes wrong at a node (an error reply, silence, a sum that is not what was expected) its generation ends:
+* When anything goes wrong at a node (an error reply, silence, a reply that cannot be used) its generation ends:
   whatever it may hold, or finish later, has a name that the server no longer accepts, and all its pieces that were not
   counted are done again.
 * A sum is counted only under the current name, and only if its pieces are exactly those that the node has answered
   under that name and not flushed. A piece leaves that list by being counted or by being done again, never both.
+* Whatever is wrong with a reply is found before any of it is used: a sum is added last, and whole or not at all
+  (`ClippedSum.add_arrays`), and only then is the reply passed on. A flush is never stale: it asks for no model.
+* A node that is left out after such replies loses its generation and its messages; their pieces are in no other place.
 
 Neither order nor repetition can change the result, because the sums are exact.
 """
@@ -24,36 +27,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from flwr.app import RecordDict
-from flwr.serverapp import Grid
 
-from fedlm.flower_records import from_records
-from fedlm.messages import FlushRequest, PartialSum, TrainRequest
-from server.exchange import Exchange, Order, Outgoing, Piece, wait_for_nodes
+from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
+from server.exchange import Exchange, Order, Outgoing, Piece
+from server.nodes import Nodes
+from server.reply_checks import read_sum, read_train_reply
 
 FLUSH = "train.flush"
 
 
-class SumExchange(Exchange):
+class SumExchange(Exchange[TrainReply]):
     """Sends train requests and takes each node's sum.
 
     Arguments:
-        grid, order, requests, timeout_s, on_lost: As for `Exchange`.
-        take: Called with each partial sum that counts.
+        nodes, order, requests, on_lost: As for `Exchange`.
+        take: Called with each partial sum that counts; raises `DataError`, and adds nothing, if it cannot be used.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        nodes: Nodes,
         order: Order,
         requests: Sequence[TrainRequest],
         *,
-        timeout_s: float,
         on_lost: Callable[[int, str], None],
         take: Callable[[PartialSum], None],
     ) -> None:
-        super().__init__(grid, order, requests, timeout_s=timeout_s, on_lost=on_lost)
+        super().__init__(nodes, order, requests, read=read_train_reply, on_lost=on_lost)
         self._take = take
-        self._at_once = not nodes_remember(grid) or len(requests) <= len(wait_for_nodes(grid, timeout_s))
+        self._at_once = not nodes.remember or len(requests) <= len(nodes.wait())
         self._name = secrets.token_hex(8)  # a server that was started again must not meet sums of its former life
         self._generation: Counter[int] = Counter()
         self._kept: dict[int, list[Piece]] = defaultdict(list)  # answered by a node, under its current name
@@ -72,34 +74,27 @@ class SumExchange(Exchange):
                 yield Outgoing(node, FLUSH, FlushRequest(self._sum_name(node)), {}, tuple(pieces))
                 self._kept[node] = []
 
-    def _accept(self, sent: Outgoing, content: RecordDict) -> Iterator[tuple[int, RecordDict]]:
+    def _accept(self, sent: Outgoing, content: RecordDict) -> Iterator[tuple[int, TrainReply]]:
         if sent.request.sum_name != self._sum_name(sent.node):
             self._again(sent.pieces)
             return
-        if sent.message_type != FLUSH:
-            yield sent.pieces[0].index, content
-            if not sent.request.flush:
-                self._kept[sent.node].append(sent.pieces[0])
+        is_flush = sent.message_type == FLUSH
+        reply = None if is_flush else self._fresh(sent, content)
+        if reply is None and not is_flush:
+            return
+        if is_flush or sent.request.flush:
+            partial = read_sum([(piece.index, piece.request) for piece in sent.pieces], content)
+            if len(partial.pieces) < len(sent.pieces):
+                self._fail(sent, "the node no longer has what it had trained")
                 return
-        partial = from_records(PartialSum, "sum", content)
-        if sorted(partial.pieces.tolist()) != sorted(piece.index for piece in sent.pieces):
-            self._fail(sent, "the node no longer has what it had trained")
-        elif partial.num_devices > sum(len(piece.request.devices) for piece in sent.pieces):
-            # The bound on a sum's norm grows with its devices: their number is not the node's to say.
-            self._fail(sent, f"the node's sum claims {partial.num_devices:,} devices, more than it was asked for")
-        else:
             self._take(partial)
+        else:
+            self._kept[sent.node].append(sent.pieces[0])
+        if reply is not None:
+            yield sent.pieces[0].index, reply
 
-    def _fail(self, sent: Outgoing, reason: str) -> None:
-        super()._fail(sent, reason)
+    def _redo(self, sent: Outgoing, reason: str) -> None:
+        super()._redo(sent, reason)
         if sent.request.sum_name == self._sum_name(sent.node):
             self._generation[sent.node] += 1
             self._again(self._kept.pop(sent.node, []))
-
-
-def nodes_remember(grid: Grid) -> bool:
-    """Tell whether a node of this grid is one process from message to message; Flower's own may be a new one each time.
-
-    A grid says so itself (`nodes_remember = True`); elsewhere each reply carries its sum.
-    """
-    return bool(getattr(grid, "nodes_remember", False))

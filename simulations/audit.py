@@ -25,6 +25,7 @@ from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import UpdateSpec, Vector
 from server.claim import privacy_figures
+from server.cohort_key import stored_cohort_key
 from server.engine import Listener
 from server.run_folder import CONFIG, PLAN, RunFolder, write_atomically
 from simulations.report import write_report
@@ -123,7 +124,7 @@ class _Case:
             done = checkpoint[0] if checkpoint else 0
             raise DataError(f"{run} has {num_releases} releases of {done} rounds in its journal; audit a finished run")
         experiment = Experiment.open(config)
-        plan = PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed)
+        plan = PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed, cohort_key=stored_cohort_key(folder))
         return cls(folder, experiment, plan, experiment.trainable(), checkpoint[1]["values"], checkpoint[0])
 
     @property
@@ -142,7 +143,7 @@ class _Case:
         matrix, ones = whitening(plan.mechanism, rounds), np.ones(canaries.num_gradient)
         taken = self._participations()  # (T, k)
         strength = strengths(matrix, taken)  # (k,)
-        sampled = plan.epsilon_of_this_fleet(rounds)
+        sampled = plan.epsilon_of_this_fleet(rounds, cohorts_known=False)  # what the first and the last line look at
         unsampled = epsilon_of_distance(float(strength.max()) / self.noise_multiplier, plan.delta)
         everywhere = np.ones((rounds, 1))
 

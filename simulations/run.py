@@ -45,7 +45,7 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
 
     Raises:
         FedlmError: Any of `fedlm.errors`; what can be checked is checked before any work starts.
-        Interrupted: Ctrl-C; the run can be resumed.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = with_absolute_paths(config)
     path = out or server.default_run_path()
@@ -84,7 +84,7 @@ def _run(config: Config, path: Path, surroundings: server.Surroundings, *, resum
         "resume": resume,
     }
     try:
-        with _grid(config, run_config) as grid:
+        with _grid(config, run_config, surroundings.listener) as grid:
             server.app(grid, _server_context(run_config))
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; continue with `fedlm resume {path}`") from error
@@ -114,7 +114,7 @@ def _with_device_noise(config: Config) -> Config:
     return replace(config, local=replace(config.local, example_dp=example_dp))
 
 
-def _grid(config: Config, run_config: dict[str, Scalar]) -> LocalGrid:
+def _grid(config: Config, run_config: dict[str, Scalar], listener: Listener) -> LocalGrid:
     execution = config.execution
     if execution.grid == "inprocess":
         return InProcessGrid(client_app, num_nodes=execution.workers or 1, run_config=run_config)
@@ -127,6 +127,8 @@ def _grid(config: Config, run_config: dict[str, Scalar]) -> LocalGrid:
         run_config=run_config,
         address=execution.address,
         timeout_s=execution.worker_timeout_s,
+        start_timeout_s=execution.start_timeout_s,
+        note=lambda text: listener({"event": "stage", "text": text}),
     )
 
 

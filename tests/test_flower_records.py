@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, floating_dtypes, integer_dtypes
 
+from fedlm.errors import DataError
 from fedlm.flower_records import from_records, to_records
+from fedlm.messages import unpack
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,37 @@ def test_a_truncated_array_is_refused() -> None:
     records = RecordDict({"it.arrays": ArrayRecord({"values": array}), "it.scalars": ConfigRecord()})
     with pytest.raises(ValueError, match="buffer"):
         from_records(Parcel, "it", records)
+
+
+WRONG_FIELDS = [
+    {"values": np.zeros(2, np.float32)}, {"values": np.zeros((2, 1), np.int64)}, {"values": "text"}, {"count": 1.0},
+    {"count": True}, {"count": "1"}, {"ratio": True}, {"ratio": "1"}, {"flag": 1}, {"names": "ab"}, {"names": [1]},
+    {"names": ["a", b"b"]}, {"other": 1},
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A message with a field of each kind."""
+
+    values: npt.NDArray[np.int64]
+    count: int
+    ratio: float
+    flag: bool
+    names: list[str]
+
+
+@pytest.mark.parametrize("wrong", WRONG_FIELDS)
+def test_a_field_of_another_type_is_refused(wrong: dict[str, Any]) -> None:
+    right = {"values": np.arange(3), "count": 1, "ratio": 0.5, "flag": False, "names": ["a"]}
+    assert unpack(Typed, {}, right).count == 1
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        unpack(Typed, {}, {**right, **wrong})
+
+
+@pytest.mark.parametrize("left_out", ["values", "count", "names"])
+def test_a_missing_field_is_refused(left_out: str) -> None:
+    right = {"values": np.arange(3), "count": 1, "ratio": 0.5, "flag": False, "names": ["a"]}
+    del right[left_out]
+    with pytest.raises(DataError, match=left_out):
+        unpack(Typed, {}, right)

@@ -60,6 +60,31 @@ def test_files_are_short_and_say_what_they_are(source: Path) -> None:
     assert ast.get_docstring(ast.parse(text)), "a module without a docstring"
 
 
+def is_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text: of a file, or of a child process with `text=True`."""
+    if any(keyword.arg == "text" and ast.unparse(keyword.value) == "True" for keyword in call.keywords):
+        return True
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    if name not in {"open", "fdopen"} or (owner, name) == ("os", "open"):
+        return name in {"read_text", "write_text"}
+    values = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    is_another_open = owner and owner not in {"os", "io", "lzma"} and values and not modes  # such as a folder's
+    return not is_another_open and not any("b" in mode for mode in modes)
+
+
+def test_no_text_is_in_the_encoding_of_the_locale() -> None:
+    """Ruff's PLW1514 sees only paths whose type it can guess."""
+    found = [
+        f"{source.relative_to(ROOT)}:{call.lineno}"
+        for source in SOURCES
+        for call in ast.walk(ast.parse(source.read_text()))
+        if isinstance(call, ast.Call) and is_text(call) and "encoding" not in {k.arg for k in call.keywords}
+    ]
+    assert not found, f"say encoding='utf-8': {found}"
+
+
 def test_importing_fedlm_imports_neither_flwr_nor_ray_nor_torch() -> None:
     program = "import sys, fedlm; print([m for m in ('flwr', 'ray', 'torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

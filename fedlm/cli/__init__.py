@@ -7,7 +7,7 @@ the result alone, with `--json` one object in which NaN and infinities are null;
     1    failed; an error that fedlm did not foresee keeps its traceback
     2    wrong usage, configuration or data
     3    the privacy budget would be exceeded
-    130  interrupted
+    130  interrupted, by Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations

@@ -112,10 +112,14 @@ def _available_memory_mb() -> int | None:
         return None
     group = Path("/sys/fs/cgroup")
     try:
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        left = _number_in(group / "memory.max") - _number_in(group / "memory.current")
     except (OSError, ValueError):  # no control group, or no limit ("max")
         left = system
     return min(system, left) // 10**6
+
+
+def _number_in(file: Path) -> int:
+    return int(file.read_text(encoding="utf-8"))
 
 
 def _folders() -> Iterator[Check]:

@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 Listener = Callable[[dict[str, object]], None]
 _Event = Mapping[str, Any]
+_DEFAULT_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @contextmanager
 def progress(*, quiet: bool, json: bool) -> Iterator[Listener]:
     """Give the listener of one verb; meanwhile what libraries print goes to standard error.
 
-    A Ctrl-C that Python has swallowed, for it came inside a weak reference's callback, is raised again at the end of
-    the round or step.
+    SIGTERM, which is how schedulers and service managers end a program, does what Ctrl-C does. An interrupt that Python
+    has swallowed, for it came inside a weak reference's callback, is raised again at the end of the round or step.
 
     Arguments:
         quiet: Only warnings are shown.
@@ -53,21 +54,22 @@ def progress(*, quiet: bool, json: bool) -> Iterator[Listener]:
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """Let SIGINT raise KeyboardInterrupt as ever, and note that it came."""
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, and note that one came; both are as before afterwards."""
     noted: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         noted.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody ignores or handles it
-        yield noted
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.getsignal(number) for number in _DEFAULT_HANDLERS}
+    ours = [number for number, default in _DEFAULT_HANDLERS.items() if before[number] is default]  # else somebody's
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 @contextmanager

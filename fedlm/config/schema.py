@@ -278,6 +278,12 @@ class PrivacyConfig:
     population: int = option(0, "accounted fleet size; 0: the simulated fleet's own", low=0)
     expected_cohort: int = option(0, "accounted expected cohort; 0: fleet.cohort", low=0)
     reproducible_noise: bool = option(False, "debugging: noise from the seed; stamps the run NOT PRIVATE")
+    reproducible_cohorts: bool = option(
+        False, "debugging: cohorts from the seed; the stamp says epsilon without amplification by sampling"
+    )
+    keep_cohort_key: bool = option(
+        False, "keep the file that tells who was sampled when (cohort_key) after the run's end; an audit always does"
+    )
 
 
 @dataclass(frozen=True)
@@ -330,6 +336,7 @@ class ExecutionConfig:
     )
     eval_every: int = option(5, "rounds between evaluations; 0: only before the first and after the last", low=0)
     checkpoint_every: int = option(10, "rounds between whole checkpoints (each round is journalled)", low=1)
+    start_timeout_s: float = option(600.0, "longest wait for Ray, and for a worker, to start", above=0)
     worker_timeout_s: float = option(600.0, "a worker silent for this long is given up", above=0)
 
 
@@ -373,7 +380,7 @@ class AuditConfig:
 class Config:
     """One experiment."""
 
-    seed: int = option(1, "of everything but privacy noise", low=0)
+    seed: int = option(1, "public; of everything but privacy noise and cohorts", low=0)
     rounds: int = option(30, "federated rounds", low=1)
     data: DataConfig = option(factory=DataConfig)
     synthetic: SyntheticConfig = option(factory=SyntheticConfig)

@@ -89,7 +89,7 @@ def finetune(config: Config, out: Path | None, listener: Listener) -> FinetuneSu
 
     Raises:
         FedlmError: Any of `fedlm.errors`; what can be checked is checked before the first step.
-        Interrupted: Ctrl-C; there is no checkpoint.
+        Interrupted: Ctrl-C or SIGTERM; there is no checkpoint.
     """
     started = time.monotonic()
     if not config.finetune.train:

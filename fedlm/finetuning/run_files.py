@@ -30,7 +30,7 @@ class FinetuneFolder:
     """Writes one run folder.
 
     Arguments:
-        path: The folder; made if missing.
+        path: The folder; made if missing, and its owner's alone (0700).
 
     Raises:
         OutputError: It exists and is not an empty folder, or cannot be written.
@@ -40,7 +40,8 @@ class FinetuneFolder:
         self.path = path
         require_free(path)
         with _explained(path):
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)  # it may have been there, empty
 
     def text(self, name: str, text: str) -> None:
         """Write a file."""

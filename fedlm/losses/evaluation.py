@@ -68,6 +68,9 @@ class Score:
 def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *, num_bytes: int, chunk: int) -> Score:
     """Score tokens exactly.
 
+    Edge cases: a diverged model's figures that are not finite count as the largest number of fp32, so a score always
+    is a number.
+
     Arguments:
         hidden: (N, D) final hidden states of real tokens.
         targets: (N,) word ids.
@@ -77,8 +80,8 @@ def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *
         chunk: Vocabulary entries at a time.
     """
     log_z = log_normaliser(hidden, table, bias, chunk)  # (N,)
-    nll = (log_z - target_scores(hidden, targets, table, bias)).double()
-    log_z = log_z.double()
+    nll = _finite(log_z - target_scores(hidden, targets, table, bias)).double()
+    log_z = _finite(log_z).double()
     return Score(
         nll=float(nll.sum()),
         num_tokens=len(targets),
@@ -86,3 +89,7 @@ def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *
         log_z=float(log_z.sum()),
         log_z_squared=float((log_z**2).sum()),
     )
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, torch.finfo(values.dtype).max)

@@ -3,6 +3,9 @@
 The gradient with respect to every score is known in the forward pass, because the loss is the end of the program: it
 is formed there, in the buffer that held the scores, and the backward pass is products alone.
 
+Padding is where a weight is zero. It is left out by selection, never by a product with that zero: what padding computes
+need not be finite, and zero times infinity is NaN.
+
 Shape legend: G devices, N targets of a device (padded), K negatives, D width.
 """
 
@@ -52,6 +55,7 @@ class _Sampled(torch.autograd.Function):
     ) -> Tensor:
         positive = (hidden * target_rows).sum(-1) + target_offset  # (G, N)
         scores = torch.baddbmm(negative_offset[:, None], hidden, negative_rows.transpose(1, 2))  # (G, N, K)
+        is_padding = weights == 0  # (G, N)
         if kind == "nce":
             losses = softplus(-positive) + softplus(scores).sum(-1)  # (G, N)
             pull = -torch.sigmoid(-positive) * weights  # (G, N) gradient of the target's score
@@ -63,8 +67,10 @@ class _Sampled(torch.autograd.Function):
             losses = log_z - positive
             pull = ((positive - log_z).exp() - 1) * weights
             push = scores.sub_(log_z[..., None]).exp_().mul_(weights[..., None])
+        pull.masked_fill_(is_padding, 0)
+        push.masked_fill_(is_padding[..., None], 0)
         ctx.save_for_backward(hidden, target_rows, negative_rows, pull, push)
-        return (losses * weights).sum(-1)
+        return (losses * weights).masked_fill_(is_padding, 0).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,8 +126,10 @@ class _Full(torch.autograd.Function):
             largest = now
         log_z = (largest + total.log()).view_as(weights)
         target_scores = (flat * target_rows).sum(-1) + (0 if bias is None else bias[targets.flatten()])
-        ctx.save_for_backward(mean_row.div_(total).sub_(target_rows).view_as(hidden).mul_(weights[..., None]))
-        return ((log_z - target_scores.view_as(weights)) * weights).sum(-1)
+        is_padding = weights == 0  # (G, N)
+        grad = mean_row.div_(total).sub_(target_rows).view_as(hidden).mul_(weights[..., None])  # (G, N, D)
+        ctx.save_for_backward(grad.masked_fill_(is_padding[..., None], 0))
+        return ((log_z - target_scores.view_as(weights)) * weights).masked_fill_(is_padding, 0).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,20 +7,18 @@
     separated          devices are put into N / n slots once; round t takes slot t modulo their number, so that a device
                        is in every b-th round at most, and nobody needs to know when
 
-All are functions of (seed, round) alone: a resumed run draws the same cohorts, in any order. The seed must stay secret
-wherever sampling amplifies.
+All are functions of (key, round) alone: a resumed run draws the same cohorts, in any order. The key is a secret of the
+run (`fedlm.privacy.cohort_key`); an experiment's seed is none.
 """
 
 from __future__ import annotations
-
-from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlm.errors import BudgetExceededError, ConfigError
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.mechanisms.base import Participation
-from fedlm.randomness import stream
 
 DeviceIds = npt.NDArray[np.int64]
 SAMPLERS = ("poisson", "truncated_poisson", "fixed", "cyclic_poisson", "separated")
@@ -60,20 +58,18 @@ def participation_rule(
     )
 
 
-def sample_cohort(rule: Participation, *, seed: int, round_number: int) -> DeviceIds:
+def sample_cohort(rule: Participation, *, key: CohortKey, round_number: int) -> DeviceIds:
     """Return the sorted ids of the devices in a round's cohort.
 
     Arguments:
         rule: Of the fleet that is sampled: `population` is the number of its devices.
-        seed: The experiment's.
+        key: The run's secret.
         round_number: t; rounds of a run count from 1.
 
     Returns:
         (realised cohort,) int64; possibly empty.
     """
-    # Not from `round_key`: sampled devices hold that one, and could compute who else was sampled.
-    key = blake2b(f"{seed}/cohorts".encode(), digest_size=32).digest()
-    rng = stream(key, "cohort", round_number)
+    rng = key.stream("cohort", round_number)
     if rule.sampler == "fixed":
         return np.sort(rng.choice(rule.population, rule.cohort, replace=False)).astype(np.int64)
     if rule.sampler == "separated":
@@ -81,7 +77,7 @@ def sample_cohort(rule: Participation, *, seed: int, round_number: int) -> Devic
     coins = rng.random(rule.population)  # (N,)
     joins = coins < rule.sampling_probability
     if rule.sampler == "cyclic_poisson":
-        classes = stream(key, "classes").integers(rule.separation, size=rule.population)  # (N,)
+        classes = key.stream("classes").integers(rule.separation, size=rule.population)  # (N,)
         joins &= classes == round_number % rule.separation
     cohort = np.flatnonzero(joins).astype(np.int64)
     if rule.sampler == "truncated_poisson" and len(cohort) > rule.cap:
@@ -121,10 +117,10 @@ def check_turns(rule: Participation) -> None:
         )
 
 
-def _slot(rule: Participation, key: bytes, slot: int) -> DeviceIds:
+def _slot(rule: Participation, key: CohortKey, slot: int) -> DeviceIds:
     """Return the devices of one slot, of equal sizes but for the rounding."""
     edges = np.linspace(0, rule.population, num_slots(rule) + 1).astype(np.int64)
-    order = stream(key, "slots").permutation(rule.population)
+    order = key.stream("slots").permutation(rule.population)
     return np.sort(order[edges[slot] : edges[slot + 1]]).astype(np.int64)
 
 

@@ -9,8 +9,8 @@ numbers alone. What changes from round to round (clip norm, scales, row set) is 
 of releases.
 
 A run stores `to_json()` once and resumes with `from_json`, which takes the noise multiplier as stored:
-calibrating again could give another one under another version of the accountant. The text holds no secret;
-the seed is passed in again from the configuration.
+calibrating again could give another one under another version of the accountant. The text holds no secret:
+the key of the cohorts is kept beside it, for the operator's eyes alone (`fedlm.privacy.cohort_key`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fedlm.privacy.adaptation import Adaptation, PrivacyState
 from fedlm.privacy.calibration import mechanism_of, noise_multiplier_of
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
@@ -79,7 +80,8 @@ class PrivacyPlan(PrivacyTerms):
     Guarantee:
         The vectors returned by `release`, all T together, are (epsilon(T), delta)-differentially private
         with respect to adding or removing one user, if each device is added at most once a round and only in
-        rounds whose cohort has it, the seed stays secret, and nothing else leaves.
+        rounds whose cohort has it, the cohort key stays secret, and nothing else leaves. The seed is public, unless
+        noise or cohorts are declared to follow from it, which a stamp then says.
 
     Edge cases:
         Dropouts and non-finite updates count as zero; an empty cohort releases noise; a sum or a round is
@@ -87,6 +89,7 @@ class PrivacyPlan(PrivacyTerms):
     """
 
     seed: int = field(repr=False)
+    cohort_key: CohortKey | None = field(repr=False, compare=False)
     _token: InitVar[object]
     _released: _Released = field(init=False, repr=False, compare=False, default_factory=_Released)
     _noise: RunNoise = field(init=False, repr=False, compare=False)
@@ -138,6 +141,7 @@ class PrivacyPlan(PrivacyTerms):
         fleet_size: int,
         cohort: int,
         seed: int,
+        cohort_key: CohortKey | None = None,
         rows: RowsConfig | None = None,
         vocabulary_size: int = 0,
         moments: Mapping[str, float] | None = None,
@@ -151,7 +155,8 @@ class PrivacyPlan(PrivacyTerms):
             rounds: T, how many releases there will be.
             fleet_size: Devices that can be sampled.
             cohort: Expected devices a round.
-            seed: The experiment's; it decides the cohorts.
+            seed: The experiment's, which is public; of reproducible noise and reproducible cohorts alone.
+            cohort_key: The secret that decides the cohorts; None draws one from the operating system.
             rows: The section [trainable.embedding_rows], when rows train.
             vocabulary_size: V; for row selection.
             moments, importance: Public m_g and w_g by kind of block; for the public and per-group allocation.
@@ -188,22 +193,32 @@ class PrivacyPlan(PrivacyTerms):
             fleet_size=fleet_size,
             cohort=cohort,
             reproducible_noise=config.reproducible_noise,
+            reproducible_cohorts=config.reproducible_cohorts,
             mechanism=mechanism,
             adaptation=adaptation,
             seed=seed,
+            cohort_key=CohortKey.reproducible(seed) if config.reproducible_cohorts else cohort_key or CohortKey.fresh(),
             _token=_TOKEN,
         )._within_budget()
 
     @classmethod
-    def from_json(cls, text: str, *, seed: int) -> PrivacyPlan:
+    def from_json(cls, text: str, *, seed: int, cohort_key: CohortKey | None) -> PrivacyPlan:
         """Return the plan that `to_json` stored, bit for bit.
+
+        Arguments:
+            text: Of `to_json`.
+            seed: The experiment's.
+            cohort_key: The run's; None if it was deleted: such a plan samples nobody any more. Reproducible cohorts
+                follow from the seed instead.
 
         Raises:
             DataError: Not the text of a plan.
             ConfigError: A number out of range.
             BudgetExceededError: Its noise does not keep its own budget.
         """
-        return cls(**cls.parse(text), seed=seed, _token=_TOKEN)._within_budget()
+        fields = cls.parse(text)
+        key = CohortKey.reproducible(seed) if fields["reproducible_cohorts"] else cohort_key
+        return cls(**fields, seed=seed, cohort_key=key, _token=_TOKEN)._within_budget()
 
     def first_state(self, spec: UpdateSpec) -> PrivacyState:
         """Return what is known before round 1; `spec` is any round's."""
@@ -252,9 +267,17 @@ class PrivacyPlan(PrivacyTerms):
 
         Returns:
             (realised cohort,) int64; possibly empty.
+
+        Raises:
+            DataError: The key of the cohorts was deleted.
         """
         require_count("round", round_number, high=self.rounds)
-        cohort = cohorts.sample_cohort(self.fleet_rule, seed=self.seed, round_number=round_number)
+        if self.cohort_key is None:
+            raise DataError(
+                "the cohorts of this run cannot be told any more, their key was deleted when it ended; "
+                "set privacy.keep_cohort_key = true to keep it"
+            )
+        cohort = cohorts.sample_cohort(self.fleet_rule, key=self.cohort_key, round_number=round_number)
         # Their noise is shared out among so many; that a cohort is larger has a part of delta.
         most = self.mechanism.max_devices if isinstance(self.mechanism, DistributedSkellam) else len(cohort)
         cohort = cohort[:most]
@@ -322,8 +345,8 @@ class PrivacyPlan(PrivacyTerms):
     def _std(self, bound: float, share: float, num_reports: float | None = None) -> float:
         """Return the noise of a mean over the expected cohort, of queries with this bound and share of the clip norm.
 
-        z C / n is the noise of the whole vector's mean; a query that gets the share a of C and is bounded by b is scaled
-        by a C / b before the clip, and back afterwards.
+        z C / n is the noise of the whole vector's mean; a query that gets the share a of C and is bounded by b is
+        scaled by a C / b before the clip, and back afterwards.
         """
         growth = self.mechanism.noise_growth(self.expected_cohort if num_reports is None else num_reports)
         return self.noise_multiplier * growth / (self.expected_cohort * share) * bound
@@ -392,7 +415,7 @@ class PrivacyPlan(PrivacyTerms):
         return figures(self)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse pickling and copying: a copy would release rounds again, and the plan holds the seed."""
+        """Refuse pickling and copying: a copy would release rounds again, and the plan holds the key of the cohorts."""
         raise TypeError(
             "PrivacyPlan is neither pickled nor copied; send the round's clipper to nodes, store plan.to_json()"
         )

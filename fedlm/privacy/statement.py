@@ -27,6 +27,13 @@ def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
     found = []
     if terms.reproducible_noise:
         found.append("NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise")
+    if terms.reproducible_cohorts and terms.cohorts_are_secret and not (terms.mimics or terms.reproducible_noise):
+        sampled, known = terms.epsilon(terms.rounds), terms.epsilon_with_known_cohorts(terms.rounds)
+        found.append(
+            f"COHORTS NOT SECRET: privacy.reproducible_cohorts is on, who knows the seed knows who was sampled when; "
+            f"without amplification by sampling epsilon is {rounded_up(known)} at delta {terms.delta:g}, not "
+            f"{rounded_up(sampled)}"
+        )
     if terms.epsilon_as_published is not None:
         found.append(
             f"noise allocated as published: its accounting would claim epsilon "
@@ -56,7 +63,7 @@ def statement(terms: PrivacyTerms) -> str:
     )
     secret = "It holds against those who see only the releases"
     if terms.cohorts_are_secret:
-        secret += "; the seed decides the cohorts and must stay secret"
+        secret += " and do not know the cohorts"
     return " ".join([guarantee, f"{secret}.", *_server(terms), *(f"{stamp}." for stamp in stamps(terms))])
 
 
@@ -95,7 +102,7 @@ def _queries(terms: PrivacyTerms) -> str:
 
 
 def figures(terms: PrivacyTerms) -> dict[str, object]:
-    """Return the same as JSON-ready values; infinities are None, the seed is not among them."""
+    """Return the same as JSON-ready values; infinities are None, no secret is among them."""
     return {
         "enabled": terms.enabled,
         "unit": _UNIT,
@@ -120,6 +127,7 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
         "fleet_size": terms.fleet_size,
         "cohort": terms.cohort,
         "reproducible_noise": terms.reproducible_noise,
+        "reproducible_cohorts": terms.reproducible_cohorts,
         "statement": statement(terms),
         "stamps": list(stamps(terms)),
     }

@@ -25,6 +25,7 @@ _PLAIN: dict[str, type] = {
     "fleet_size": int,
     "cohort": int,
     "reproducible_noise": bool,
+    "reproducible_cohorts": bool,
 }
 
 
@@ -41,6 +42,7 @@ class PrivacyTerms:
         population, expected_cohort: As accounted.
         fleet_size, cohort: As simulated.
         reproducible_noise: The noise follows from the seed.
+        reproducible_cohorts: The cohorts follow from the seed.
         mechanism: Correlation and accounting, of the accounted fleet.
         adaptation: Clip norm, allocation, further queries.
     """
@@ -55,11 +57,12 @@ class PrivacyTerms:
     fleet_size: int
     cohort: int
     reproducible_noise: bool
+    reproducible_cohorts: bool
     mechanism: Mechanism
     adaptation: Adaptation
 
     def to_json(self) -> str:
-        """Return these numbers as text, to be stored with a run; no infinities and no seed in it."""
+        """Return these numbers as text, to be stored with a run; no infinities and no secret in it."""
         values: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         nested = {"mechanism": self.mechanism.to_fields(), "adaptation": self.adaptation.to_fields()}
         return json.dumps(values | nested, indent=1, allow_nan=False)
@@ -131,11 +134,13 @@ class PrivacyTerms:
         """Return `epsilon` for the participation that a ledger saw (`fedlm.privacy.cohorts.ParticipationLedger`).
 
         Infinite where no such figure would be true: without noise or with noise that repeats, and for a fleet that
-        mimics another, whose participation is not that of the fleet accounted for.
+        mimics another, whose participation is not that of the fleet accounted for. Without amplification where the
+        cohorts follow from the seed.
         """
         if not self.enabled or self.reproducible_noise or self.mimics:
             return math.inf
-        return self.mechanism.realised_epsilon(
+        mechanism = self.mechanism.with_known_cohorts() if self.reproducible_cohorts else self.mechanism
+        return mechanism.realised_epsilon(
             noise_multiplier=self.noise_multiplier,
             num_releases=num_releases,
             delta=self.delta,
@@ -143,11 +148,31 @@ class PrivacyTerms:
             max_participations=max_participations,
         )
 
-    def epsilon_of_this_fleet(self, num_releases: int) -> float:
-        """Return what the simulated fleet really got: its own sampling, its own noise; infinity if that repeats."""
+    def epsilon_with_known_cohorts(self, num_releases: int) -> float:
+        """Return what `num_releases` releases cost a user of whom the analyst knows when it was sampled.
+
+        No amplification, in the most rounds that a user can be in: every round under Poisson sampling. The same as
+        `epsilon` for mechanisms that assume no secret sampling.
+        """
+        if not self.enabled:
+            return math.inf
+        return self.mechanism.with_known_cohorts().epsilon(
+            noise_multiplier=self.noise_multiplier, num_releases=num_releases, delta=self.delta
+        )
+
+    def epsilon_of_this_fleet(self, num_releases: int, *, cohorts_known: bool | None = None) -> float:
+        """Return what the simulated fleet really got: its own sampling, its own noise; infinity if that repeats.
+
+        Arguments:
+            num_releases: Rounds so far.
+            cohorts_known: Whether the analyst knows who was sampled; None: who knows the seed is the analyst, so that
+                reproducible cohorts are known.
+        """
         if not self.enabled or self.reproducible_noise:
             return math.inf
         real = from_fields(self.mechanism.to_fields() | {"participation": asdict(self.fleet_rule)})
+        if self.reproducible_cohorts if cohorts_known is None else cohorts_known:
+            real = real.with_known_cohorts()
         noise = self.noise_multiplier * self.cohort / self.expected_cohort
         return real.epsilon(noise_multiplier=noise, num_releases=num_releases, delta=self.delta)
 

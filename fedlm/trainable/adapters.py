@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fedlm.config.schema import LoraConfig
@@ -62,7 +62,8 @@ def save_adapter(
     if not causal:
         settings.task_type = None
     settings.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # Not `save_file`: whatever the umask says, the file would be its owner's alone, and an adapter is to be published.
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 LoRA factors, biases, dense tensors and embedding rows are all blocks of one vector; clipping, summing, noise, server
 optimisers, payload figures and the wire format see only the spec and the vector (METHODS.md section 1).
 
-The *full* spec has every coordinate that the server may change, with all V rows of the embedding; the server's state and
-the optimiser's moments live there. A *round* spec, `full.with_rows(row_ids)`, keeps only the rows of the round's public
-row set, and only the named blocks where a round trains, sends or changes some of them (`fedlm.strategy.Strategy`).
+The *full* spec has every coordinate that the server may change, with all V rows of the embedding; the server's state
+and the optimiser's moments live there. A *round* spec, `full.with_rows(row_ids)`, keeps only the rows of the round's
+public row set, and only the named blocks where a round trains, sends or changes some (`fedlm.strategy.Strategy`).
 
 >>> import numpy as np
 >>> full = UpdateSpec.build([("w", "dense", (2,)), ("input_table", "rows", (4, 3))])

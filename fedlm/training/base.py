@@ -66,7 +66,7 @@ def save_base(config: Config, weights: Mapping[str, npt.NDArray[Any]], meta: Map
     folder = base_folder(config)
     tensors = {name: torch.from_numpy(a).contiguous() for name, a in weights.items()}
     with publish_folder(folder) as building:
-        # Not `save_file`: it reports a full disk as an error of its own without a number.
+        # Not `save_file`: it reports a full disk as an error of its own without a number, and ignores the umask.
         (building / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
-        (building / META).write_text(json.dumps(meta, indent=2) + "\n")
+        (building / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return folder

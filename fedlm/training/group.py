@@ -161,12 +161,14 @@ class _Program:
         real = _real(counted, (S, T))  # (G, N) places in the (G S T) hidden states
         counts = torch.tensor([int(c.sum()) for c in counted])  # (G,)
         if real.shape[1]:
-            inputs = _stacked([p.inputs for p in places], (S, T), self._rows.spare)  # (G, S, T)
+            inputs = _stacked([p.inputs for p in places], (S, T), self._rows.padding)  # (G, S, T)
             x = embedding(inputs.view(-1, T), self._rows.input)  # (G S, T, D)
             x.requires_grad_(self._rows.train)
             mask = _stacked([b.mask for b in batches], (S, T), False)  # (G, S, T)
             hidden = self._body.body(self._body.embed(x), mask.view(-1, T))  # (G S, T, D)
-            states = embedding(real, hidden.flatten(0, 1))  # (G, N, D)
+            # Padding of the targets reads a state that may not be finite: zero it here, on the way forward and back.
+            is_padding = torch.arange(real.shape[1]) >= counts[:, None]  # (G, N)
+            states = embedding(real, hidden.flatten(0, 1)).masked_fill(is_padding[..., None], 0)  # (G, N, D)
             targets = [p.targets[c] for p, c in zip(places, counted, strict=True)]
             losses = self._descend(_Leaf(INPUT_TABLE, inputs, x), states, counts, targets, places)
         else:
@@ -190,7 +192,7 @@ class _Program:
     ) -> Tensor:
         """Take the step of SGD; returns the losses (G,)."""
         N = states.shape[1]
-        target = _stacked(targets, (N,), self._rows.spare)  # (G, N)
+        target = _stacked(targets, (N,), self._rows.padding)  # (G, N)
         is_real = torch.arange(N) < counts[:, None]  # (G, N)
         weights = is_real / counts.clamp(min=1)[:, None]  # (G, N)
         local, leaves = self._config.local, list[_Leaf]()
@@ -206,10 +208,13 @@ class _Program:
             losses, leaves = self._sampled(states, weights, target, negative)
         if losses.requires_grad:
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        self._group.descend(local.learning_rate)
+        idle = torch.nonzero(counts == 0)[:, 0]  # devices that take no step, as if they were alone
+        self._group.descend(local.learning_rate, idle)
         for leaf in [inputs, *leaves] if self._rows.train else ():
             assert leaf.rows.grad is not None
             rate = local.learning_rate if leaf.name == OUTPUT_BIAS else local.row_learning_rate
+            if len(idle):
+                leaf.rows.grad.view(len(counts), -1)[idle] = 0
             self._rows.descend(leaf.name, leaf.places, leaf.rows.grad, rate)
         return losses.detach()
 

@@ -69,10 +69,17 @@ class Group:
             slot.is_fresh = True
 
     @torch.no_grad()
-    def descend(self, learning_rate: float) -> None:
-        """Take one step of plain SGD with the gradients that the backward pass left."""
+    def descend(self, learning_rate: float, idle: Tensor) -> None:
+        """Take one step of plain SGD with the gradients that the backward pass left.
+
+        Arguments:
+            learning_rate: Of all tensors.
+            idle: Places of the devices that take no step.
+        """
         for slot in self._slots.values():
             if not slot.is_fresh:
+                if len(idle):
+                    slot.gradient[idle] = 0
                 slot.value.sub_(slot.gradient, alpha=learning_rate)
 
 

@@ -2,6 +2,10 @@
 
 A device's copies are the rows that its text and its negatives touch, each once; all devices' copies lie in one tensor,
 so that a lookup of the whole group is one gather and a step of SGD one scatter.
+
+No device reads what another can write. Behind the copies lie two rows that belong to nobody: padding reads the first,
+zeros that nothing writes; the gradients of whatever does not train go to the second, which lies outside the tables that
+lookups see.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ class CommonRows:
     """The model's own tables, in which nothing trains: a word's place is its id."""
 
     train = False
-    spare = 0
+    padding = 0  # a word like any other, which nothing writes
 
     def __init__(self, model: LanguageModel, work: RoundWork) -> None:
         self.input, self.output, self.bias = model.input_table, model.output_table, model.output_bias
@@ -126,15 +130,15 @@ class OwnRows:
     def _fill(self, ids: RowIds) -> None:
         index = torch.from_numpy(ids)
         trains = torch.from_numpy(self._slot[ids] >= 0)  # (L,)
-        # Gradients of rows that do not train go to a last row that nobody reads.
-        self.spare = len(ids)
-        self._target = torch.where(trains, torch.arange(len(ids)), self.spare)
-        self._target = torch.cat([self._target, self._target.new_tensor([self.spare])])
-        self.log_expected = _with_spare_row(self._log_expected[index])
-        self._tables = {name: _with_spare_row(embedding_of(source, index)) for name, source in self._sources.items()}
-        self.input = self._tables[INPUT_TABLE]
-        self.output = self._tables.get(OUTPUT_TABLE, self.input)
-        self.bias = self._tables.get(OUTPUT_BIAS)
+        self.padding, sink = len(ids), len(ids) + 1
+        self._target = torch.where(trains, torch.arange(len(ids)), sink)
+        self._target = torch.cat([self._target, self._target.new_tensor([sink])])  # of the copies and of padding
+        self.log_expected = _with_zeros(self._log_expected[index], 1)
+        self._tables = {name: _with_zeros(embedding_of(source, index), 2) for name, source in self._sources.items()}
+        readable = {name: table[:sink] for name, table in self._tables.items()}
+        self.input = readable[INPUT_TABLE]
+        self.output = readable.get(OUTPUT_TABLE, self.input)
+        self.bias = readable.get(OUTPUT_BIAS)
 
 
 def descend_at(table: Tensor, places: Tensor, gradient: Tensor, rate: float) -> None:
@@ -169,5 +173,5 @@ def embedding_of(table: Tensor, index: Tensor) -> Tensor:
     return embedding(index, table) if table.dim() == 2 else table[index]
 
 
-def _with_spare_row(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+def _with_zeros(rows: Tensor, num_more: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(num_more, *rows.shape[1:])])

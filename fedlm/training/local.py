@@ -122,7 +122,8 @@ class LocalTrainer:
 
     def _descend(self, loss: Tensor, tables: _CompactTables) -> None:
         local = self._config.local
-        fixed = [(p, p, local.learning_rate) for p in map(self._trainable.parameters.__getitem__, self._round.parameters)]
+        parameters = (self._trainable.parameters[name] for name in self._round.parameters)
+        fixed: list[tuple[Tensor, Tensor, float]] = [(p, p, local.learning_rate) for p in parameters]
         leaves = fixed + tables.leaves(local.learning_rate, local.row_learning_rate)
         gradients = torch.autograd.grad(loss, [leaf for leaf, _, _ in leaves], allow_unused=True)
         with torch.no_grad():

@@ -36,19 +36,20 @@ class WholeTable:
     """
 
     train = True
+    padding = 0  # of nobody: one device alone has none
 
     def __init__(self, model: LanguageModel) -> None:
         self._sources = tables_of(model)
         V, D = model.input_table.shape
-        # One row more than the vocabulary: what padding reads, and what takes gradients of rows that do not train.
-        self.wide = torch.zeros(V + 1, D + 2)
-        self.wide[:, -1] = 1
-        self.spare = V
-        self.output, self.bias = self.wide[:, :D], self.wide[:, D]
+        # One row more than the vocabulary takes the gradients of rows that do not train; lookups do not see it, for it
+        # outlives the device that wrote it.
+        whole = torch.zeros(V + 1, D + 2)
         self.output_name = INPUT_TABLE if model.tied else OUTPUT_TABLE
-        self.input = self.output if model.tied else torch.zeros(V + 1, D)
-        tables = {INPUT_TABLE: self.input, self.output_name: self.output, OUTPUT_BIAS: self.bias}
+        inputs = whole[:, :D] if model.tied else torch.zeros(V + 1, D)
+        tables = {INPUT_TABLE: inputs, self.output_name: whole[:, :D], OUTPUT_BIAS: whole[:, D]}
         self._tables = {name: tables[name] for name in self._sources}
+        self.size, self.wide, self.input = V, whole[:V], inputs[:V]
+        self.output, self.bias = self.wide[:, :D], self.wide[:, D]
         self._scores = torch.empty(0)
 
     def start_round(self, work: RoundWork) -> None:
@@ -64,6 +65,9 @@ class WholeTable:
     def open(self, occurrences: Sequence[RowIds]) -> list[Places]:
         """Copy the tables for the one device of the group; see `OwnRows.open`."""
         (ids,) = occurrences
+        # The column of ones too: a device that diverges adds zero times infinity to it.
+        self.bias.zero_()
+        self.wide[:, -1] = 1
         for name, source in self._sources.items():
             self._tables[name][:-1] = source.index_select(0, self._index)
         return [Places(self._place[ids], self._ids, 0)]
@@ -71,7 +75,7 @@ class WholeTable:
     def descend(self, name: str, places: Tensor, gradient: Tensor, rate: float) -> None:
         """Take a step of SGD on rows, wherever they train; see `OwnRows.descend`."""
         flat = places.view(-1)
-        descend_at(self._tables[name], torch.where(flat < self.num_moving, flat, self.spare), gradient, rate)
+        descend_at(self._tables[name], torch.where(flat < self.num_moving, flat, self.size), gradient, rate)
 
     def parts(self, places: Places, spec: UpdateSpec) -> list[Part]:
         """Return how the rows of the round's set, all of them, have changed."""
@@ -110,8 +114,8 @@ class WholeTable:
 
     def reserve(self, num_tokens: int, chunk: int) -> None:
         """Get memory for the scores of a step; it keeps its place from step to step."""
-        self._chunk = min(chunk, self.spare)
-        size = -(-self.spare // self._chunk) * self._chunk * num_tokens
+        self._chunk = min(chunk, self.size)
+        size = -(-self.size // self._chunk) * self._chunk * num_tokens
         if len(self._scores) < size:
             self._scores = torch.empty(size)
 
@@ -145,7 +149,8 @@ class _Step(torch.autograd.Function):
         total = sums[:, -1:]  # (N, 1) Z / exp(shift)
         column = weights[:, None]
         scale = column / total  # (N, 1) from exponentials to weighted probabilities
-        steps = torch.cat([row_rate * scale * hidden, rate * scale, torch.zeros_like(scale)], 1)  # (N, D+2)
+        bias_rate = rate if OUTPUT_BIAS in own.names else 0.0
+        steps = torch.cat([row_rate * scale * hidden, bias_rate * scale, torch.zeros_like(scale)], 1)  # (N, D+2)
         for part in own.chunks(own.num_moving, chunk):
             own.wide[part].addmm_(own.scores(part, len(hidden)).T, steps, alpha=-1)
         own.descend(own.output_name, targets, -column * hidden, row_rate)
@@ -164,7 +169,7 @@ def _exponentials(own: WholeTable, hidden: Tensor, shift: Tensor, chunk: int) ->
     """Fill the memory with exp(u_w - shift); return their products with the wide rows, (N, D+2)."""
     wide_hidden = torch.cat([hidden, torch.ones_like(shift)[:, None], -shift[:, None]], 1)  # (N, D+2)
     sums = torch.zeros_like(wide_hidden)
-    for part in own.chunks(own.spare, chunk):
+    for part in own.chunks(own.size, chunk):
         e = own.scores(part, len(hidden))  # (N, W)
         torch.mm(wide_hidden, own.wide[part].T, out=e).exp_()
         sums.addmm_(e, own.wide[part])
@@ -174,5 +179,5 @@ def _exponentials(own: WholeTable, hidden: Tensor, shift: Tensor, chunk: int) ->
 def _largest_scores(own: WholeTable, hidden: Tensor, chunk: int) -> Tensor:
     """Return each token's largest score (N,)."""
     wide_hidden = pad(torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1), (0, 1))  # (N, D+2)
-    parts = own.chunks(own.spare, chunk)
+    parts = own.chunks(own.size, chunk)
     return torch.stack([(wide_hidden @ own.wide[part].T).amax(1) for part in parts]).amax(0)

@@ -11,7 +11,7 @@ from typing import Any
 from fedlm.errors import WorkerError
 from simulations.grids.broadcast import BroadcastStore
 from simulations.grids.node import one_line
-from simulations.grids.ray_session import START_TIMEOUT_S
+from simulations.grids.ray_session import Note, Wait
 from simulations.grids.ray_worker import Worker, WorkerPlan
 
 MAX_RESTARTS = 3
@@ -57,6 +57,8 @@ class RayFleet:
         shared: Reference of the shared arrays in the object store.
         environment: Variables of the workers, set before their interpreters start.
         timeout_s: Longest silence of a worker that has work.
+        start_timeout_s: Longest wait for a worker to start.
+        note: Told, now and then, what is being waited for.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class RayFleet:
         *,
         environment: Mapping[str, str],
         timeout_s: float,
+        start_timeout_s: float,
+        note: Note,
     ) -> None:
         self._ray = ray
         self._shared = shared
-        self._timeout_s = timeout_s
+        self._timeout_s, self._start_timeout_s, self._note = timeout_s, start_timeout_s, note
         self._actor_class = ray.remote(Worker).options(
             num_cpus=1, max_restarts=0, max_task_retries=0, runtime_env={"env_vars": dict(environment)}
         )
@@ -86,10 +90,14 @@ class RayFleet:
         Raises:
             WorkerError: One could not. That is for the user to mend, so nothing is tried again.
         """
-        deadline = time.monotonic() + START_TIMEOUT_S
-        for node_id, node in self.nodes.items():
+        since = time.monotonic()
+        for number, (node_id, node) in enumerate(self.nodes.items(), 1):
+            what = f"worker {number} of {len(self.nodes)}"
+            wait = Wait(what, since=since, limit_s=self._start_timeout_s, note=self._note)
+            if not any(self._ray.wait([node.starting], timeout=seconds)[0] for seconds in wait.slices()):
+                raise wait.failure()
             try:
-                self._ray.get(node.starting, timeout=max(0.0, deadline - time.monotonic()))
+                self._ray.get(node.starting, timeout=self._timeout_s)
             except self._ray.exceptions.RayError as error:
                 raise WorkerError(f"the worker of node {node_id} could not start: {_cause(error)}") from error
             node.starting = None
@@ -118,7 +126,7 @@ class RayFleet:
         """
         now = time.monotonic()
         limits = dict.fromkeys(busy, self._timeout_s)
-        limits.update(dict.fromkeys(self.starting().values(), START_TIMEOUT_S))
+        limits.update(dict.fromkeys(self.starting().values(), self._start_timeout_s))
         return {
             node_id: f"silent for {limit_s:g} s"
             for node_id, limit_s in limits.items()

@@ -26,7 +26,14 @@ from simulations.grids.flower_private import (
 from simulations.grids.node import Outcome, Scalar, new_context, node_ids, one_line
 from simulations.grids.ray_fleet import MAX_RESTARTS, RayFleet
 from simulations.grids.ray_lane import Lane, Letter
-from simulations.grids.ray_session import WORKER_ENVIRONMENT, RaySession, available_cores, store_capacity
+from simulations.grids.ray_session import (
+    WORKER_ENVIRONMENT,
+    Note,
+    RaySession,
+    available_cores,
+    store_capacity,
+    worker_niceness,
+)
 from simulations.grids.ray_worker import Setup, WorkerPlan
 
 PULL_WAIT_S = 0.05
@@ -48,6 +55,8 @@ class RayGrid(LocalGrid):
         node_config: Scalars of the nodes; `partition-id` and `num-partitions` are added.
         address: Of a running Ray cluster; empty starts Ray on this machine.
         timeout_s: A worker that holds messages and gives no reply for this long is given up for lost.
+        start_timeout_s: Longest wait for Ray, and then for the workers, to start.
+        note: Told, now and then, what is being waited for.
 
     Raises:
         ConfigError: A number is out of range, or more workers than CPUs (on a cluster: at first use).
@@ -64,6 +73,8 @@ class RayGrid(LocalGrid):
         node_config: Mapping[str, Scalar] | None = None,
         address: str = "",
         timeout_s: float = 600.0,
+        start_timeout_s: float = 600.0,
+        note: Note = lambda text: None,
     ) -> None:
         _check_numbers(num_workers, timeout_s)
         if not address:
@@ -81,7 +92,7 @@ class RayGrid(LocalGrid):
             return WorkerPlan(app, setup, new_context(index, num_nodes, run_config, node_config or {}))
 
         # workers here can import whatever this process can; on a cluster the packages are installed
-        environment = WORKER_ENVIRONMENT if address else {**WORKER_ENVIRONMENT, **_import_paths()}
+        environment = {**WORKER_ENVIRONMENT, **worker_niceness(), **({} if address else _import_paths())}
 
         def start_fleet(ray: Any) -> RayFleet:
             num_cpus = int(ray.cluster_resources().get("CPU", 0))
@@ -90,10 +101,17 @@ class RayGrid(LocalGrid):
             plans = {node_id: new_plan(index, num_nodes) for index, node_id in enumerate(node_ids(num_nodes))}
             stored = ray.put(arrays)
             arrays.clear()  # from here on the object store alone holds them for us
-            return RayFleet(ray, plans, stored, environment=environment, timeout_s=timeout_s)
+            limits = {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}
+            return RayFleet(ray, plans, stored, environment=environment, **limits, note=note)
 
         self._timeout_s = timeout_s
-        self._session = RaySession(address=address, store_bytes=self.store_capacity_bytes, on_connect=start_fleet)
+        self._session = RaySession(
+            address=address,
+            store_bytes=self.store_capacity_bytes,
+            start_timeout_s=start_timeout_s,
+            note=note,
+            on_connect=start_fleet,
+        )
 
     def get_node_ids(self) -> list[int]:
         """Return the ids of the nodes that take messages; waits until their number is known.

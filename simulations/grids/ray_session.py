@@ -10,12 +10,13 @@ from __future__ import annotations
 import atexit
 import importlib
 import logging
+import math
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,9 +24,10 @@ from fedlm.errors import ConfigError, WorkerError
 from simulations.grids.node import one_line
 
 T = TypeVar("T")
+Note = Callable[[str], None]
 
-START_TIMEOUT_S = 120.0
-"""Longest wait for Ray, and for a worker, to start."""
+NOTE_EVERY_S = 10.0
+"""How often somebody who waits for a start is told what for."""
 
 EXIT_TIMEOUT_S = 10.0
 """Longest wait for Ray's processes to end by themselves before they are killed."""
@@ -43,6 +45,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
 }
 
+NICENESS = "RAY_worker_niceness"
+"""Ray's own variable; a worker adds it to the priority that it inherits when it starts, 15 if nobody says otherwise."""
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -55,6 +60,38 @@ _QUIET_LOCAL = {
     # Ray's ports run any code that is sent to them: stay on the loopback interface, as on Windows and macOS
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+
+
+class Wait:
+    """A wait with a deadline that tells, now and then, what it is for.
+
+    Arguments:
+        what: For example "Ray on this machine".
+        since: When it began, in monotonic seconds.
+        limit_s: `execution.start_timeout_s`.
+        note: Receives lines such as "waiting for worker 2 of 2 to start, 35 s".
+    """
+
+    def __init__(self, what: str, *, since: float, limit_s: float, note: Note) -> None:
+        self._what, self._since, self._limit_s, self._note = what, since, limit_s, note
+
+    def slices(self) -> Iterator[float]:
+        """Yield the seconds to wait at a time; the last, at the deadline or after it, is 0."""
+        noted = time.monotonic()
+        while (left := self._since + self._limit_s - time.monotonic()) > 0:
+            yield min(left, NOTE_EVERY_S)
+            if (waited := time.monotonic()) - noted >= NOTE_EVERY_S * 0.9:
+                noted = waited
+                self._note(f"waiting for {self._what} to start, {waited - self._since:.0f} s")
+        yield 0.0
+
+    def failure(self) -> WorkerError:
+        """Return what to raise when it was in vain: the limit, the likely cause and the fix."""
+        return WorkerError(
+            f"{self._what} did not start within execution.start_timeout_s = {self._limit_s:g} s; is the machine busy "
+            f"with other work, or {NICENESS} set above 0? Raise the limit, end other work, take fewer "
+            "execution.workers, or set execution.grid = 'inprocess'"
+        )
 
 
 def available_cores() -> int:
@@ -74,6 +111,11 @@ def store_capacity(shared_bytes: int) -> int:
     return max(_MIN_STORE_BYTES, min(2 * shared_bytes + _WORKING_STORE_BYTES, int(0.8 * free)))
 
 
+def worker_niceness() -> dict[str, str]:
+    """Return the variable that gives workers the priority of what starts them, unless the user has set another."""
+    return {NICENESS: os.environ.get(NICENESS, "0")}
+
+
 class RaySession(Generic[T]):
     """Starts Ray on this machine, or joins a cluster, in a thread of its own.
 
@@ -81,11 +123,25 @@ class RaySession(Generic[T]):
         address: Of a running cluster; empty starts Ray here with `available_cores()` CPUs. A Ray that this
             process has joined already is used as it is, and left running.
         store_bytes: Object store of a Ray that is started here.
+        start_timeout_s: Longest wait for Ray to be there.
+        note: Told, now and then, what is being waited for.
         on_connect: Runs in the thread once Ray is there; receives the ray module, and `wait` returns its result.
     """
 
-    def __init__(self, *, address: str, store_bytes: int, on_connect: Callable[[Any], T]) -> None:
+    def __init__(
+        self,
+        *,
+        address: str,
+        store_bytes: int,
+        start_timeout_s: float = 600.0,
+        note: Note = lambda text: None,
+        on_connect: Callable[[Any], T],
+    ) -> None:
         self.ray: Any = None
+        self._start_timeout_s = start_timeout_s
+        where = f"Ray on the cluster at {address!r}" if address else "Ray on this machine"
+        self._wait = Wait(where, since=time.monotonic(), limit_s=start_timeout_s, note=note)
+        self._where = where
         self._address = address
         self._store_bytes = store_bytes
         self._on_connect = on_connect
@@ -96,7 +152,6 @@ class RaySession(Generic[T]):
         self._connected = threading.Event()
         self._release = threading.Event()
         self._closed = False
-        self._deadline = time.monotonic() + START_TIMEOUT_S
         self._thread = threading.Thread(target=self._run, name="ray-session", daemon=True)
         self._thread.start()
 
@@ -104,25 +159,22 @@ class RaySession(Generic[T]):
         """Wait until Ray is there and return what `on_connect` returned.
 
         Raises:
-            WorkerError: It failed, or took longer than `START_TIMEOUT_S`.
+            WorkerError: It failed, or took longer than `start_timeout_s`.
             ConfigError: From `on_connect`.
         """
         if self._closed:
             raise WorkerError("the grid is closed; open a new one")
-        where = f"cluster at {self._address!r}" if self._address else "this machine"
-        if not self._await_connection():
-            raise WorkerError(
-                f"Ray on {where}: not there after {START_TIMEOUT_S:g} s; try execution.grid = 'inprocess'"
-            )
+        if not any(self._connected.wait(seconds) for seconds in self._wait.slices()):
+            raise self._wait.failure()
         if isinstance(self._failure, ConfigError):
             raise self._failure
         if self._failure is not None:
-            raise WorkerError(f"Ray on {where}: {one_line(self._failure)}") from self._failure
+            raise WorkerError(f"{self._where}: {one_line(self._failure)}") from self._failure
         return self._result
 
     def settle(self) -> T | None:
-        """Wait until Ray is there or has failed; return what `on_connect` returned if Ray can be used."""
-        there = self._await_connection() and self.ray is not None and self.ray.is_initialized()
+        """Wait until Ray is there or has failed, not for long; return what `on_connect` returned if Ray can be used."""
+        there = self._connected.wait(EXIT_TIMEOUT_S) and self.ray is not None and self.ray.is_initialized()
         usable = there and not self._closed and self._failure is None
         return self._result if usable else None
 
@@ -140,12 +192,12 @@ class RaySession(Generic[T]):
         self._thread.join(EXIT_TIMEOUT_S)
         _await_exit(processes)
 
-    def _await_connection(self) -> bool:
-        return self._connected.wait(max(0.0, self._deadline - time.monotonic()))
-
     def _run(self) -> None:
         try:
             self._connect()
+            if self._closed:  # nobody has waited until now
+                self.ray.shutdown()
+                return
             self._result = self._on_connect(self.ray)
         except BaseException as error:  # raised again in wait(), by the thread that wants to know
             self._failure = error
@@ -153,7 +205,7 @@ class RaySession(Generic[T]):
         self._release.wait()
 
     def _connect(self) -> None:
-        for name, value in (QUIET if self._address else {**QUIET, **_QUIET_LOCAL}).items():
+        for name, value in {**QUIET, **({} if self._address else self._local_environment())}.items():
             os.environ.setdefault(name, value)
         self.ray = importlib.import_module("ray")
         atexit.register(self.close)  # after Ray's own hook, so it runs before it
@@ -168,6 +220,15 @@ class RaySession(Generic[T]):
         self._joined = True
         if not self._address:
             self._folder = context.address_info["session_dir"]
+
+    def _local_environment(self) -> dict[str, str]:
+        """Return the settings of the processes that are started here; on a loaded machine Ray's own limits are short.
+
+        A worker that has not registered in time is killed and started again, which takes as long the second time.
+        """
+        limit = str(math.ceil(self._start_timeout_s))
+        limits = {"RAY_worker_register_timeout_seconds": limit, "RAY_raylet_start_wait_time_s": limit}
+        return {**_QUIET_LOCAL, **worker_niceness(), **limits}
 
     def _local_options(self) -> dict[str, Any]:
         return {
@@ -199,7 +260,7 @@ def _process_table() -> dict[int, tuple[int, str]]:
     table = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:
             continue  # it has just ended
         if fields[0] != "Z":
@@ -209,7 +270,7 @@ def _process_table() -> dict[int, tuple[int, str]]:
 
 def _command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

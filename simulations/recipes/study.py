@@ -129,7 +129,9 @@ def call(verb: str, words: Sequence[str], deadline_s: float) -> str:
     command = [sys.executable, "-m", "fedlm.cli", verb, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=deadline_s, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise FedlmError(f"`fedlm {verb}` took longer than {deadline_s:g} s; raise --deadline") from None
     if done.returncode:

@@ -135,13 +135,15 @@ def _read_all(terminal: int) -> str:
     return b"".join(parts).decode()
 
 
-def test_an_interrupt_that_was_swallowed_is_raised_at_the_end_of_the_round() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_end_of_the_round(number: signal.Signals) -> None:
     event: dict[str, object] = {"event": "round", "round": 1, "rounds": 2}
     with progress(quiet=True, json=False) as listener:
         listener(event)
         with contextlib.suppress(KeyboardInterrupt):  # as in a weak reference's callback
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         listener({"event": "device_done", "round": 2, "done": 1, "total": 2})
         with pytest.raises(KeyboardInterrupt):
             listener(event)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

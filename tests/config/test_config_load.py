@@ -245,5 +245,5 @@ def test_describe_lists_every_key_once_with_what_changed() -> None:
         "value": 9,
         "default": 1,
         "allowed": "a whole number >= 0",
-        "help": "of everything but privacy noise",
+        "help": "public; of everything but privacy noise and cohorts",
     }

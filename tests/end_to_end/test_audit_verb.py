@@ -59,6 +59,7 @@ epsilon = 0.0
 noise_multiplier = 2.0
 delta = 1e-4
 clip_norm = 10.0
+reproducible_cohorts = true
 [strategy]
 kind = "fedavg"
 learning_rate = 1.0

@@ -90,3 +90,11 @@ def test_a_corpus_plug_in(here: Fedlm, tmp_path: Path, monkeypatch: pytest.Monke
     one_line(here("data.corpus=my_own_corpus:strings"), 2, "yielded str")
     done = here("data.corpus=my_own_corpus:users", "fleet.cohort=10", "privacy.enabled=false")
     assert done.summary["perplexity"] < done.summary["perplexity_initial"]  # everybody says the same
+
+
+def test_a_machine_that_cannot_start_ray_in_time_is_told_what_to_do(fedlm: Fedlm, tiny: Path) -> None:
+    words = ["--set", "execution.grid=ray", "--set", "execution.start_timeout_s=0.001", "--set", "execution.workers=1"]
+    done = fedlm("simulate", tiny, "--quiet", "--out", "run", *words)
+    one_line(
+        done, 1, "Ray on this machine did not start", "execution.start_timeout_s = 0.001 s", "busy", "Raise the limit"
+    )

@@ -55,7 +55,11 @@ def test_a_disk_that_fills_up_loses_nothing(fedlm: Fedlm, here: Fedlm, disk: Mou
     config = tmp_path / "long.toml"
     long = "rounds = 30\n" + tiny.read_text().replace("rounds = 2", "", 1)
     config.write_text(long + "eval_every = 0\ncheckpoint_every = 1000\n")  # the last section is [execution]
-    settings = ["privacy.reproducible_noise=true", "trainable.embedding_rows.count=1800"]
+    settings = [
+        "privacy.reproducible_noise=true",
+        "privacy.reproducible_cohorts=true",
+        "trainable.embedding_rows.count=1800",
+    ]
     words = [word for setting in settings for word in ("--set", setting)]
     folder = disk("size=4700k")  # checkpoints fit; the journal of 30 rounds, 245 kB each, does not
     stopped = fedlm("simulate", config, *words, "--out", folder / "run", "--quiet")

@@ -1,4 +1,4 @@
-"""Ctrl-C at the awkward moments: exit code 130, one line, no half-written file, no process left."""
+"""Ctrl-C and SIGTERM at the awkward moments: exit code 130, one line, no half-written file, no process left."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def wait_for(mark: str, error: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def interrupt_at(words: list[str], folder: Path, mark: str) -> Done:
-    """Run a command, press Ctrl-C once its progress says `mark`, and wait until it and its children are gone."""
+def interrupt_at(words: list[str], folder: Path, mark: str, number: signal.Signals = signal.SIGINT) -> Done:
+    """Run a command, interrupt it once its progress says `mark`, and wait until it and its children are gone."""
     error = folder / "error.txt"
-    with error.open("w") as stream, subprocess.Popen(
+    with error.open("w", encoding="utf-8") as stream, subprocess.Popen(
         command(*words), stdout=subprocess.PIPE, stderr=stream, cwd=folder, env=environment(), text=True
     ) as process:  # fmt: skip
         try:
@@ -33,7 +33,7 @@ def interrupt_at(words: list[str], folder: Path, mark: str) -> Done:
             process.kill()
             raise
         children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, _ = process.communicate(timeout=60)
     gone, alive = psutil.wait_procs(children, timeout=90)
     assert alive == [], f"{len(gone)} ended"
@@ -50,6 +50,44 @@ def test_during_pretraining(tiny: Path, tmp_path: Path) -> None:
     one_line(done, 130, "interrupted")
     assert not done.folder.exists()
     assert list((cache / "bases").iterdir() if (cache / "bases").exists() else []) == []
+
+
+def test_sigterm_leaves_a_run_that_can_be_resumed(tiny: Path, tmp_path: Path) -> None:
+    settings = ["--set", "rounds=2000", "--set", "execution.eval_every=0", "--set", "execution.checkpoint_every=9999"]
+    words = ["simulate", str(tiny), "--out", "run", *settings]
+    last = 0
+    for command_words in (words, ["resume", "run"]):
+        done = interrupt_at(command_words, tmp_path, "round ", signal.SIGTERM)
+        one_line(done, 130, "continue with `fedlm resume run`")
+        end = done.lines("ledger.jsonl")[-1]
+        assert end["status"] == "interrupted"
+        assert end["round"] >= last
+        last = end["round"]
+        assert (done.folder / "checkpoints" / f"round_{last:06d}.json").exists()
+
+
+FINETUNE = [
+    "model.base=random", "trainable.dense=['*']", "trainable.lora.rank=0", "trainable.embedding_rows.count=0",
+    "loss.kind=full_softmax", "finetune.train=train.txt", "finetune.max_length=16", "finetune.epochs=5000",
+    "finetune.batch_size=10", "finetune.example_dp.noise_multiplier=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "mark", "says"),
+    [
+        (["pretrain"], ["pretrain.epochs=200", "data.cache_dir=cache"], "pretraining", "interrupted"),
+        (["finetune", "--out", "run"], FINETUNE, "step ", "interrupted after step"),
+        (["audit", "--canaries", "5", "--out", "run"], ["rounds=2000"], "round ", "fedlm resume run"),
+    ],
+)
+def test_sigterm_ends_every_verb_that_trains(
+    tiny: Path, tmp_path: Path, words: list[str], settings: list[str], mark: str, says: str
+) -> None:
+    (tmp_path / "train.txt").write_text("the cat sat on the mat\nthe dog ran\n" * 20, encoding="utf-8")
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    done = interrupt_at([words[0], str(tiny), *words[1:], *overrides], tmp_path, mark, signal.SIGTERM)
+    one_line(done, 130, says)
 
 
 @pytest.mark.parametrize("mark", ["opening", "round "])

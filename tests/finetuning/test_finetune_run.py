@@ -56,6 +56,7 @@ def test_a_private_run_keeps_its_promise_and_its_folder(tmp_path: Path, files: l
     assert summary.perplexity is not None
     assert summary.bleu is not None
     folder = tmp_path / "run"
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert json.loads((folder / "summary.json").read_text())["epsilon"] == summary.epsilon
     assert json.loads((folder / "plan.json").read_text())["statement"] == summary.privacy_statement
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -127,3 +127,15 @@ def test_negatives_follow_the_noise_distribution() -> None:
     )
     assert set(inside.draw(np.random.default_rng(0)).tolist()) == {1, 3}
     assert np.isneginf(inside.log_expected[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan, 3e38])
+def test_a_diverged_model_has_a_score_that_is_a_number(poison: float) -> None:
+    """The run folder's JSON has no NaN, and a score that is none would be refused as a lie."""
+    hidden, table = torch.ones(N, D), torch.ones(V, D)
+    table[3] = poison
+    found = score(hidden, torch.arange(N), table, None, num_bytes=9, chunk=4)
+    figures = (found.nll, found.log_z, found.log_z_squared, found.perplexity, found.bits_per_byte, found.log_z_std)
+    assert all(math.isfinite(figure) for figure in figures)
+    assert max(abs(figure) for figure in figures[:3]) < 1e100
+    assert found.perplexity > 1e300

@@ -10,6 +10,7 @@ import pytest
 from fedlm.config.schema import PrivacyConfig
 from fedlm.privacy import PrivacyPlan
 from fedlm.privacy.adaptive_clip import bit_share
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.riders import ClipBit, update_share
 from fedlm.trainable.spec import UpdateSpec
 
@@ -23,10 +24,14 @@ def test_the_clip_norm_converges_to_the_quantile_from_far_off(quantile: float, s
     """100 times too high or too low, with devices that stay away: within 10 % of the quantile, and C is what clips."""
     norms = np.exp(np.random.default_rng(1).normal(0, 0.5, 4_000))
     truth = float(np.quantile(norms, quantile))
-    config = PrivacyConfig(epsilon=0.0, noise_multiplier=1.0, clip_norm=start * truth, clip_quantile=quantile)
+    config = PrivacyConfig(
+        epsilon=0.0, noise_multiplier=1.0, clip_norm=start * truth, clip_quantile=quantile, reproducible_noise=True
+    )
     push = 0.2 * (1 - dropout) * (1 - quantile if start > 1 else quantile)  # at most so far in ln C a round
     rounds = math.ceil(math.log(100) / push) + 100
-    plan = PrivacyPlan.create(config, rounds=rounds, fleet_size=4_000, cohort=150, seed=2)
+    plan = PrivacyPlan.create(
+        config, rounds=rounds, fleet_size=4_000, cohort=150, seed=2, cohort_key=CohortKey.reproducible(2)
+    )
     state, rng, last = plan.first_state(SPEC), np.random.default_rng(3), []
     for t in range(1, rounds + 1):
         clipper = plan.clipper(state, SPEC, t)
@@ -68,3 +73,40 @@ def test_a_round_is_noised_by_its_own_clip_norm() -> None:
         assert released.noise_std == pytest.approx(std)
         state = plan.next_state(state, released, clip=clipper, values=np.zeros(spec.size, np.float32))
         assert state.clip_norm < clipper.clip_norm * math.exp(-0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "fixed"},
+        {"mechanism": "local"},
+        {"mechanism": "skellam"},
+        {"allocation": "public"},
+        {"allocation": "per_group"},
+    ],
+    ids=str,
+)
+def test_the_noise_follows_a_moving_clip_norm_however_it_is_drawn(options: dict[str, str]) -> None:
+    """Every block's noise, as drawn and as stated, is one multiple of the C of its round; answers keep theirs."""
+    spec = UpdateSpec.build([("w", "dense", (20_000,)), ("b", "bias", (12_000,))])
+    config = PrivacyConfig(
+        epsilon=0.0, noise_multiplier=1.0, clip_norm=8.0, clip_quantile=0.5, clip_learning_rate=1.0,
+        reproducible_noise=True, **options,
+    )  # fmt: skip
+    plan = PrivacyPlan.create(
+        config, rounds=3, fleet_size=50, cohort=50, seed=2, moments={"dense": 1.0, "bias": 0.1}, size=spec.size + 1
+    )
+    state, norms, found = plan.first_state(spec), [], []
+    for t in (1, 2, 3):
+        clipper = plan.clipper(state, spec, t)
+        total = clipper.new_sum(spec.size)
+        for _ in plan.sample_cohort(t):
+            total.add(np.zeros(spec.size, np.float32))
+        released = plan.release(total, t)
+        norms.append(clipper.clip_norm)
+        found.append([block.view(released.mean).std() for block in spec.blocks] + [released.noise_std])
+        state = plan.next_state(state, spec, t, values=np.zeros(spec.size, np.float32), released=released)
+    assert max(norms) > 1.1 * min(norms)
+    in_clip_norms = np.array(found) / np.array(norms)[:, None]  # (T, blocks + 1)
+    assert in_clip_norms == pytest.approx(np.tile(in_clip_norms[0], (3, 1)), rel=0.04)

@@ -25,8 +25,8 @@ from fedlm.privacy.allocation import (
     spans_of,
     updated,
 )
-from fedlm.privacy.riders import DPMetrics
 from fedlm.privacy.release import Release
+from fedlm.privacy.riders import DPMetrics
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 SPEC = UpdateSpec.build(

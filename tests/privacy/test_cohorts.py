@@ -7,8 +7,11 @@ import pytest
 from scipy import stats
 
 from fedlm.errors import BudgetExceededError, ConfigError
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.cohorts import SAMPLERS, ParticipationLedger, check_turns, sample_cohort
 from fedlm.privacy.mechanisms.base import Participation
+
+KEY = CohortKey.reproducible(3)
 
 
 def rule(sampler: str, **changes: int) -> Participation:
@@ -20,20 +23,20 @@ def attendance(of: Participation) -> np.ndarray:
     """Return who is in which round (T, N)."""
     found = np.zeros((of.rounds, of.population), bool)
     for t in range(of.rounds):
-        found[t, sample_cohort(of, seed=3, round_number=t + 1)] = True
+        found[t, sample_cohort(of, key=KEY, round_number=t + 1)] = True
     return found
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_cohorts_are_sorted_and_functions_of_seed_and_round(sampler: str) -> None:
+def test_cohorts_are_sorted_and_functions_of_key_and_round(sampler: str) -> None:
     of = rule(sampler, cap=35, separation=5)
-    forwards = [sample_cohort(of, seed=3, round_number=t) for t in range(1, 12)]
-    backwards = [sample_cohort(of, seed=3, round_number=t) for t in range(11, 0, -1)][::-1]
+    forwards = [sample_cohort(of, key=KEY, round_number=t) for t in range(1, 12)]
+    backwards = [sample_cohort(of, key=KEY, round_number=t) for t in range(11, 0, -1)][::-1]
     for one, two in zip(forwards, backwards, strict=True):
         assert np.array_equal(one, two)
         assert np.array_equal(one, np.unique(one))
         assert one.dtype == np.int64
-    assert not np.array_equal(sample_cohort(of, seed=4, round_number=1), forwards[0])
+    assert not np.array_equal(sample_cohort(of, key=CohortKey.reproducible(4), round_number=1), forwards[0])
 
 
 def test_poisson_coins_are_independent() -> None:

@@ -49,6 +49,15 @@ def test_noise_has_the_resolution_of_the_lattice() -> None:
     assert np.unique(draw(100_000, 2.0**40)).size > 95_000
 
 
+def test_normals_are_drawn_in_double_precision() -> None:
+    """The lattice hides it: fp32 draws have 2^23 values in a strip of the ziggurat, and tails that end at 24 bits."""
+    draws = np.empty(100_000)
+    NoiseStream(reproducible_key(6, 1)).normals(draws)
+    assert np.mean(draws == draws.astype(np.float32)) < 1e-3
+    mantissas = np.frexp(draws)[0] * 2.0**53
+    assert np.mean(mantissas % 2**20 == 0) < 1e-3  # nothing coarser than fp64 but finer than fp32 either
+
+
 def test_every_stream_is_fresh() -> None:
     first, second = draw(10_000, 2.0**40), draw(10_000, 2.0**40)
     assert not (first == second).any() or (first == second).mean() < 1e-3

@@ -21,14 +21,24 @@ from scipy import stats
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, Clipper, PrivacyPlan
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.randomness import round_key, stream
 
 SIZE = 100_000
+KEY = CohortKey.reproducible(7)
 
 
-def make(*, rounds: int = 20, fleet_size: int = 2_000, cohort: int = 50, seed: int = 7, **privacy: Any) -> PrivacyPlan:
+def make(
+    *,
+    rounds: int = 20,
+    fleet_size: int = 2_000,
+    cohort: int = 50,
+    seed: int = 7,
+    key: CohortKey = KEY,
+    **privacy: Any,
+) -> PrivacyPlan:
     config = PrivacyConfig(**({"epsilon": 0.0, "noise_multiplier": 1.0, "clip_norm": 0.3} | privacy))
-    return PrivacyPlan.create(config, rounds=rounds, fleet_size=fleet_size, cohort=cohort, seed=seed)
+    return PrivacyPlan.create(config, rounds=rounds, fleet_size=fleet_size, cohort=cohort, seed=seed, cohort_key=key)
 
 
 def filled(plan: PrivacyPlan, num_devices: int, size: int = SIZE) -> tuple[ClippedSum, npt.NDArray[np.float64]]:
@@ -59,7 +69,7 @@ class TestCohort:
         lag_one = [np.corrcoef(present[:-1, d], present[1:, d])[0, 1] for d in range(40)]
         assert np.abs(lag_one).max() < 5 / math.sqrt(3_000)
 
-    def test_ids_are_sorted_and_depend_on_seed_and_round_only(self) -> None:
+    def test_ids_are_sorted_and_depend_on_key_and_round_only(self) -> None:
         plan, other_order = make(), make(noise_multiplier=2.0)
         forwards = [plan.sample_cohort(number) for number in range(5)]
         backwards = [other_order.sample_cohort(number) for number in reversed(range(5))][::-1]
@@ -68,7 +78,7 @@ class TestCohort:
             assert np.array_equal(one, two)
             assert np.array_equal(one, np.unique(one))
         assert not np.array_equal(forwards[0], forwards[1])
-        assert not np.array_equal(forwards[0], make(seed=8).sample_cohort(0))
+        assert not np.array_equal(forwards[0], make(key=CohortKey.reproducible(8)).sample_cohort(0))
 
     def test_a_coin_is_the_devices_own(self) -> None:
         # At the same probability, a larger fleet changes nobody else's coin.
@@ -279,7 +289,7 @@ class TestResume:
     )
     def test_stored_plans_come_back_bit_for_bit(self, privacy: dict[str, Any]) -> None:
         plan = make(**privacy)
-        back = PrivacyPlan.from_json(plan.to_json(), seed=7)
+        back = PrivacyPlan.from_json(plan.to_json(), seed=7, cohort_key=KEY)
         assert back == plan
         assert back.noise_multiplier.hex() == plan.noise_multiplier.hex()
         assert back.statement() == plan.statement()
@@ -297,7 +307,7 @@ class TestResume:
     def test_a_stored_plan_that_breaks_its_budget_is_refused(self, change: dict[str, Any]) -> None:
         stored = json.loads(make(epsilon=2.0, noise_multiplier=0.0).to_json()) | change
         with pytest.raises(BudgetExceededError):
-            PrivacyPlan.from_json(json.dumps(stored), seed=7)
+            PrivacyPlan.from_json(json.dumps(stored), seed=7, cohort_key=KEY)
 
     @pytest.mark.parametrize(
         "change",
@@ -305,17 +315,17 @@ class TestResume:
     )
     def test_damaged_plans_are_refused(self, change: dict[str, Any]) -> None:
         with pytest.raises(DataError, match="stored privacy plan"):
-            PrivacyPlan.from_json(json.dumps(json.loads(make().to_json()) | change), seed=7)
+            PrivacyPlan.from_json(json.dumps(json.loads(make().to_json()) | change), seed=7, cohort_key=KEY)
 
     @pytest.mark.parametrize("change", [{"enabled": False}, {"rounds": 2_000}, {"noise_multiplier": 0.0}])
     def test_contradictory_plans_are_refused(self, change: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="contradict"):
-            PrivacyPlan.from_json(json.dumps(json.loads(make().to_json()) | change), seed=7)
+            PrivacyPlan.from_json(json.dumps(json.loads(make().to_json()) | change), seed=7, cohort_key=KEY)
 
     @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
     def test_what_is_not_a_plan_is_refused(self, text: str) -> None:
         with pytest.raises(DataError, match="stored privacy plan"):
-            PrivacyPlan.from_json(text, seed=7)
+            PrivacyPlan.from_json(text, seed=7, cohort_key=KEY)
 
 
 class TestStatement:
@@ -325,7 +335,7 @@ class TestStatement:
         for part in (
             *("unit: user", "add or remove one", "1,500 releases", "Poisson", "Gaussian"),
             "1,000 / 1,000,000 = 0.001",
-            *("z = 1", "C = 0.3", "epsilon 0.2214", "delta 1e-06", "PLD", "seed decides the cohorts"),
+            *("z = 1", "C = 0.3", "epsilon 0.2214", "delta 1e-06", "PLD", "do not know the cohorts"),
         ):
             assert part in text
         assert plan.stamps() == ()
@@ -359,6 +369,16 @@ class TestStatement:
         assert "50 of 2,000" in stamp
         assert stamp in plan.statement()
         assert make(population=2_000, expected_cohort=50).stamps() == ()
+
+    @pytest.mark.parametrize("accounted", [{"population": 4_000}, {"expected_cohort": 500}, {"expected_cohort": 20}])
+    def test_a_fleet_that_differs_in_one_number_alone_is_stamped(self, accounted: dict[str, int]) -> None:
+        """As many users in other cohorts, or as large cohorts of other users: the noise is not this fleet's."""
+        plan = make(**({"population": 2_000, "expected_cohort": 50} | accounted))
+        (stamp,) = plan.stamps()
+        assert stamp.startswith("no guarantee for this model: ")
+        assert stamp in plan.statement()
+        assert plan.figures()["stamps"] == [stamp]
+        assert plan.realised_epsilon(5, separation=1, max_participations=5) == math.inf
 
     @pytest.mark.parametrize("privacy", [{}, {"enabled": False}, {"reproducible_noise": True}])
     def test_figures_are_strict_json_and_agree_with_the_plan(self, privacy: dict[str, Any]) -> None:

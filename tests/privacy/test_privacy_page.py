@@ -15,7 +15,7 @@ def test_the_example_runs_and_spends_what_it_was_given() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1
     update = np.full(1_000, 1e-3, np.float32)
-    names: dict[str, Any] = {"secret_seed": 7, "update_of": lambda device: update}
+    names: dict[str, Any] = {"update_of": lambda device: update}
     exec(blocks[0], names)
     plan, values = names["plan"], names["values"]
     assert 1.99 < plan.epsilon(plan.rounds) <= 2.0

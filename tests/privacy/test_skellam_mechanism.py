@@ -16,6 +16,7 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import Clipper, PrivacyPlan, accounting
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.mechanisms import Participation, create, from_fields
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.riders import ClipBit
@@ -38,7 +39,13 @@ def mechanism(sampler: str, **changes: Any) -> DistributedSkellam:
 def plan_with(*, size: int = SIZE, fleet_size: int = 400, cohort: int = 12, **changes: Any) -> PrivacyPlan:
     values = {"mechanism": "skellam", "epsilon": 0.0, "noise_multiplier": 1.0, "clip_norm": 0.5, **changes}
     return PrivacyPlan.create(
-        PrivacyConfig(**values), rounds=5, fleet_size=fleet_size, cohort=cohort, seed=3, size=size
+        PrivacyConfig(**values),
+        rounds=5,
+        fleet_size=fleet_size,
+        cohort=cohort,
+        seed=3,
+        cohort_key=CohortKey.reproducible(3),
+        size=size,
     )
 
 
@@ -211,7 +218,7 @@ def test_cohorts_beyond_the_room_for_noise_are_cut() -> None:
     plan = plan_with(fleet_size=2_000, cohort=30)
     fields = json.loads(plan.to_json())
     fields["mechanism"]["max_devices"] = 30
-    tight = PrivacyPlan.from_json(json.dumps(fields), seed=3)
+    tight = PrivacyPlan.from_json(json.dumps(fields), seed=3, cohort_key=CohortKey.reproducible(3))
     for t in range(6):
         whole, cut = plan.sample_cohort(t), tight.sample_cohort(t)
         assert np.array_equal(cut, whole[:30])
@@ -230,9 +237,9 @@ def test_the_statement_tells_both_guarantees_and_their_figures() -> None:
     statement = plan.statement()
     assert "Skellam noise added by the devices" in statement
     assert "nothing except sums of at least 4 devices by secure aggregation: epsilon" in statement
-    assert "the seed decides the cohorts and must stay secret" in statement
+    assert "see only the releases and do not know the cohorts" in statement
     exact = accounting.epsilon(sampling_probability=12 / 400, noise_multiplier=1.0, rounds=5, delta=1e-6)
     assert exact < plan.epsilon(5) < 2 * exact
     assert plan_with(mechanism="gaussian").epsilon_server is None
     assert plan_with(reproducible_noise=True).figures()["epsilon_server"] is None
-    assert PrivacyPlan.from_json(plan.to_json(), seed=3).to_json() == plan.to_json()
+    assert PrivacyPlan.from_json(plan.to_json(), seed=3, cohort_key=None).to_json() == plan.to_json()

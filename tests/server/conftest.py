@@ -16,6 +16,7 @@ SMALL = [
     "pretrain.negatives=200", "trainable.bias=true", "trainable.lora.rank=4", "trainable.embedding_rows.count=300",
     "loss.negatives=64", "fleet.cohort=24", "execution.group_size=4", "execution.eval_every=2",
     "execution.checkpoint_every=3", "privacy.epsilon=2", "privacy.reproducible_noise=true",
+    "privacy.reproducible_cohorts=true",  # runs are compared bit for bit
 ]  # fmt: skip
 
 

@@ -47,9 +47,9 @@ def processes(node: Any) -> list[psutil.Process]:
     return [raylet, *raylet.children(recursive=True)]
 
 
-def has_worker(node: Any) -> bool:
-    """Whether one of our workers runs on this machine."""
-    return any("ray::Worker" in word for process in processes(node) for word in process.cmdline())
+def workers(node: Any) -> list[psutil.Process]:
+    """Return our workers on this machine."""
+    return [process for process in processes(node) if any("ray::Worker" in word for word in process.cmdline())]
 
 
 def test_a_machine_lost_in_mid_round_changes_nothing(
@@ -58,16 +58,19 @@ def test_a_machine_lost_in_mid_round_changes_nothing(
     settings = ("rounds=3", "execution.eval_every=0", "execution.group_size=2")
     simulate(small("execution.grid=inprocess", *settings), tmp_path / "quiet", lambda event: None)
     lost: list[Any] = []
+    nicenesses: set[int] = set()
 
     def lose(event: dict[str, object]) -> None:
         if event["event"] == "device_done" and event["round"] == 2 and not lost:
-            lost.append(next(node for node in cluster.worker_nodes if has_worker(node)))
+            nicenesses.update(process.nice() for node in cluster.worker_nodes for process in workers(node))
+            lost.append(next(node for node in cluster.worker_nodes if workers(node)))
             for process in processes(lost[0]):
                 process.kill()
 
     on_cluster = ("execution.grid=ray", "execution.workers=2", f"execution.address={cluster.address}")
     simulate(small(*on_cluster, *settings), tmp_path / "run", lose)
     assert lost
+    assert nicenesses == {psutil.Process().nice()}  # of whoever started the cluster
     assert capfd.readouterr().out == ""  # which is for results
     values = [
         load_file(max((tmp_path / name / "checkpoints").glob("*.safetensors")))["values"] for name in ("quiet", "run")

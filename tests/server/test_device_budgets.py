@@ -16,7 +16,7 @@ EXAMPLE_DP = (
     "local.example_dp.enabled=true", "local.example_dp.epsilon=6", f"local.example_dp.max_rounds={MOST}",
     "privacy.non_private_diagnostics=false", "fleet.device_log=true", "data.corpus=synthetic", "synthetic.users=30",
     "synthetic.tokens_per_user=40", "synthetic.classes=16", "vocabulary.size=300", "loss.negatives=32",
-    "pretrain.negatives=64", "pretrain.epochs=1", "execution.products=fp32",
+    "pretrain.negatives=64", "pretrain.epochs=1", "execution.products=fp32", "privacy.reproducible_cohorts=true",
 )  # fmt: skip
 
 

@@ -62,6 +62,16 @@ def reference(small: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_the_live_line_tells_how_fast_devices_train(small: Make, tmp_path: Path) -> None:
+    """However long an evaluation takes: it is no part of a round's seconds."""
+    shown: list[dict[str, Any]] = []
+    settings = ("execution.grid=inprocess", "rounds=2", "execution.eval_every=1", "fleet.cohort=4")
+    simulate(small(*settings), tmp_path / "run", lambda event: shown.append(dict(event)))
+    told = [event["devices_per_second"] for event in shown if event["event"] == "round"]
+    rounds = lines(tmp_path / "run", "metrics.jsonl")[1:]
+    assert told == [pytest.approx(line["devices"] / max(line["round_seconds"], 1e-3)) for line in rounds]
+
+
 @pytest.mark.parametrize("num_nodes", [2, 3])
 def test_nodes_in_one_process_give_the_same_bits(small: Make, reference: Path, tmp_path: Path, num_nodes: int) -> None:
     run_config = {"config": config_to_toml(small("execution.grid=inprocess")), "out": str(tmp_path / "run")}

@@ -93,7 +93,7 @@ def test_dropouts_change_neither_divisor_nor_noise(small: Make, tmp_path: Path) 
     assert np.abs(odd - nobody).max() > 1e-4
     assert np.allclose(even + odd - nobody, everybody, rtol=0, atol=1e-7)
     # An all-dropped round still releases: exactly the noise of the plan, over the plan's expected cohort.
-    plan = PrivacyPlan.from_json((tmp_path / "none" / "plan.json").read_text(), seed=config.seed)
+    plan = PrivacyPlan.from_json((tmp_path / "none" / "plan.json").read_text(), seed=config.seed, cohort_key=None)
     assert (nobody == plan.release(plan.new_sum(len(nobody)), 1).mean).all()
     statements = {lines(tmp_path / name, "ledger.jsonl")[0]["privacy"]["statement"] for name in rules}
     assert len(statements) == 1

@@ -34,7 +34,7 @@ def test_a_device_downloads_the_blocks_that_changed_since_its_last_visit() -> No
     """Two blocks that change in turn; a first visit takes both, a device that stays takes the other one each time."""
     full = UpdateSpec.build([("a", "lora_a", (2, 3)), ("b", "lora_b", (5, 2))])
     bytes_of, meter = {"a": 24, "b": 40}, DownloadMeter(full, 3, 9)
-    last = {device: -1 for device in range(3)}  # round before which each device was there
+    last = dict.fromkeys(range(3), -1)  # round before which each device was there
     changed = {"a": 0, "b": 0}
     for t in range(1, 9):
         name, cohort = "ab"[t % 2], np.flatnonzero([True, t % 3 == 0, t == 7])

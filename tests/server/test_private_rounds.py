@@ -142,7 +142,8 @@ def test_a_run_whose_keys_are_lost_is_not_resumed(small: Make, tmp_path: Path) -
 
 @pytest.mark.parametrize("variant", ["blt", "clip"])
 def test_the_realised_epsilon_is_told_where_it_is_true(small: Make, tmp_path: Path, variant: str) -> None:
-    real = (*TINY, *VARIANTS[variant], "rounds=3", "privacy.reproducible_noise=false")
+    secret = ("privacy.reproducible_noise=false", "privacy.reproducible_cohorts=false")
+    real = (*TINY, *VARIANTS[variant], "rounds=3", *secret)
     mimicked = ("privacy.population=1000000", "privacy.expected_cohort=1000")
     for name, settings in (("real", real), ("mimicked", (*real, *mimicked))):
         simulate(small(*settings), tmp_path / name, quiet)

@@ -57,6 +57,21 @@ def test_rewind_drops_later_rounds_and_torn_lines(folder: RunFolder) -> None:
     json.loads((folder.path / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    """A real process in the C locale, where Python would take ASCII: what it writes this one reads, and back."""
+    program = (
+        "import sys; from pathlib import Path; from server.run_folder import CONFIG, PLAN, RunFolder;"
+        "path = Path(sys.argv[1]); texts = {CONFIG: 'corpus = \\u00fc\\u8a9e', PLAN: '{}'};"
+        "folder = RunFolder.create(path, texts, bytes_needed=0); folder.ledger({'cause': '\\u00fc'});"
+        "assert folder.text(CONFIG) == texts[CONFIG]; folder.write_checkpoint(1, {}, {'corpus': '\\u00fc'});"
+        "assert folder.last_checkpoint()[2] == {'corpus': '\\u00fc'}; assert folder.rewind(1) == []"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", program, str(tmp_path / "run")]
+    subprocess.run(words, env={**os.environ, **ascii_only}, check=True, timeout=60)
+    assert RunFolder.open(tmp_path / "run").text(CONFIG) == "corpus = \u00fc\u8a9e"
+
+
 def test_a_write_that_does_not_fit_leaves_the_old_file(tmp_path: Path) -> None:
     """A real process that may write no more than 4 kB: the old content stays, nothing half-written remains."""
     target = tmp_path / "state"

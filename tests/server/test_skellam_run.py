@@ -28,7 +28,7 @@ def first_release(run: Path) -> dict[str, Any]:
 
 
 def plan_of(run: Path) -> PrivacyPlan:
-    return PrivacyPlan.from_json((run / "plan.json").read_text(), seed=1)
+    return PrivacyPlan.from_json((run / "plan.json").read_text(), seed=1, cohort_key=None)
 
 
 def test_a_release_is_the_gaussians_but_for_the_noise(small: Make, tmp_path: Path) -> None:

@@ -1,178 +1,33 @@
 """Every piece is in the sum exactly once, whatever nodes, processes and messages do.
 
-The network here is a model: nodes with the clients' own partial sums, queues, and a schedule of everything that can go
-wrong, from Ray's lost workers to what Flower's SuperLink may do (processes that change between messages, replies that
-never come, come late, or in another order). What runs on real processes is in test_engine.py and tests/simulations.
+The network is a model (`model_network`) and a schedule of everything that can go wrong, from Ray's lost workers to what
+Flower's SuperLink may do (processes that change between messages, replies that never come, come late, or in another
+order). What runs on real processes is in test_engine.py and tests/simulations.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_network import ORDER, TIMEOUT_S, FaultyGrid, Node, Result, model_time, requests_for
 
-from clients.partial_sum import KeptSum
 from fedlm.errors import WorkerError
 from fedlm.flower_records import from_records, to_records
-from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipper import Clipper
-from fedlm.randomness import seed_key, stream
+from fedlm.messages import PartialSum
 from server import exchange as exchange_module
 from server.dispatch import Dispatcher
-from server.exchange import Order
-from simulations.grids.base import LocalGrid
-from simulations.grids.flower_private import APP_ERROR, WORKER_LOST, error_reply
 
-SIZE, CLIP_NORM, TIMEOUT_S = 5, 0.3, 10.0
-NOTHING = np.empty(0)
-ORDER = Order("train", "1", {}, dict)
 ACTIONS = ("work", "wait", "crash", "vanish", "raise", "last first", "lose reply", "forget", "be stale")
-
-
-def update_of(device: int) -> np.ndarray:
-    return stream(seed_key(1), "update", device).standard_normal(SIZE).astype(np.float32)
-
-
-def requests_for(num_pieces: int) -> list[TrainRequest]:
-    """Pieces of one to three devices each."""
-    devices = [np.arange(3 * i, 3 * i + 1 + i % 3) for i in range(num_pieces)]
-    return [TrainRequest(d, np.array([len(d)]), Clipper(CLIP_NORM).to_text()) for d in devices]
-
-
-class Clock:
-    """Time that passes only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += max(seconds, 0.01)
-
-
-class Node:
-    """One node: messages that it has not looked at, and its partial sum."""
-
-    def __init__(self) -> None:
-        self.queue: deque[Message] = deque()
-        self.kept = KeptSum()
-
-    def handle(self, message: Message, *, raises: bool = False, stale: bool = False) -> Message:
-        """Do what `clients.app` does with updates that are ready made."""
-        if message.metadata.message_type == "train.flush":
-            flush = from_records(FlushRequest, "request", message.content)
-            return Message(RecordDict(to_records("sum", self.kept.flush(flush.sum_name))), reply_to=message)
-        request = from_records(TrainRequest, "request", message.content)
-        reply = TrainReply(stale, request.devices, NOTHING, NOTHING, NOTHING.astype(np.int64), [], 0.0)
-        records = to_records("reply", reply)
-        if not stale:
-            with self.kept.piece(request, SIZE) as total:
-                for device in request.devices.tolist():
-                    total.add(update_of(device))
-                if raises:
-                    raise MemoryError
-            if request.flush:
-                records |= to_records("sum", self.kept.flush(request.sum_name))
-        return Message(RecordDict(records), reply_to=message)
-
-
-class FaultyGrid(LocalGrid):
-    """Carries out one scheduled action at each pull; when the schedule has ended every node just works."""
-
-    def __init__(self, num_nodes: int, schedule: list[tuple[str, int]], *, remembers: bool) -> None:
-        super().__init__()
-        self.nodes_remember = remembers
-        self.nodes = {10 + index: Node() for index in range(num_nodes)}
-        self.arrived: dict[str, Message] = {}
-        self.schedule = deque(schedule)
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.nodes)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = []
-        for message in messages:
-            ids.append(self._stamp(message))
-            self.nodes[message.metadata.dst_node_id].queue.append(message)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        if self.schedule:
-            action, number = self.schedule.popleft()
-            self.act(action, self.nodes[10 + number % len(self.nodes)])
-        else:
-            for node in self.nodes.values():
-                self.act("work", node)
-        return [self.arrived.pop(i) for i in message_ids if i in self.arrived]
-
-    def close(self) -> None:
-        pass
-
-    def act(self, action: str, node: Node) -> None:
-        if action in {"crash", "vanish", "forget"}:
-            node.kept = KeptSum()
-        if action in {"crash", "vanish"}:
-            while node.queue:
-                lost = node.queue.popleft()
-                if action == "crash":
-                    self.arrive(error_reply(lost.metadata, WORKER_LOST, "worker lost"))
-        if action not in {"work", "raise", "last first", "lose reply", "be stale"} or not node.queue:
-            return
-        message = node.queue.pop() if action == "last first" else node.queue.popleft()
-        try:
-            reply = node.handle(message, raises=action == "raise", stale=action == "be stale")
-        except MemoryError:
-            reply = error_reply(message.metadata, APP_ERROR, "MemoryError")
-        if action != "lose reply":
-            self.arrive(reply)
-
-    def arrive(self, reply: Message) -> None:
-        self.arrived[reply.metadata.reply_to_message_id] = reply
-
-
-class Result:
-    """Trains `num_pieces` pieces of some devices on a grid and keeps what came."""
-
-    def __init__(self, grid: LocalGrid, num_pieces: int) -> None:
-        requests = requests_for(num_pieces)
-        self.devices = [request.devices for request in requests]
-        self.total = Clipper(CLIP_NORM).new_sum(SIZE)
-        self.counted: list[int] = []
-        self.losses: list[str] = []
-        dispatcher = Dispatcher(grid, TIMEOUT_S, lambda node, reason: self.losses.append(reason))
-        self.replies = {
-            index: from_records(TrainReply, "reply", content).devices.tolist()
-            for index, content in dispatcher.train(ORDER, requests, self.take)
-        }
-
-    def take(self, partial: PartialSum) -> None:
-        fields = {"clip_norm": CLIP_NORM, "num_devices": partial.num_devices}
-        self.total.add_arrays(partial.total, fields)
-        self.counted += partial.pieces.tolist()
-
-    def assert_exact(self) -> None:
-        """Every piece once, and the bits of a plain loop over all devices."""
-        plain = Clipper(CLIP_NORM).new_sum(SIZE)
-        for device in np.concatenate([np.empty(0, np.int64), *self.devices]).tolist():
-            plain.add(update_of(device))
-        assert sorted(self.counted) == list(range(len(self.devices)))
-        assert self.total.to_arrays()[0].tolist() == plain.to_arrays()[0].tolist()
-        assert self.total.num_devices == plain.num_devices
-        assert self.replies == {i: d.tolist() for i, d in enumerate(self.devices)}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def clock() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange_module, "time", Clock())
+    with model_time():
         yield
 
 

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 import simulations
 from fedlm.errors import ConfigError, WorkerError
 from simulations.grids import flower_private
+from simulations.grids import ray_session as ray_session_module
 from simulations.grids.base import LocalGrid
 from simulations.grids.inprocess import InProcessGrid
 from simulations.grids.ray_grid import RayGrid
@@ -66,6 +67,7 @@ def about(message: Message, context: Context) -> Message:
     facts = ConfigRecord(
         {
             "pid": os.getpid(),
+            "niceness": os.nice(0),
             "threads": os.environ.get("OMP_NUM_THREADS", ""),
             "keeps_memory": os.environ.get("MALLOC_TRIM_THRESHOLD_", ""),
             "names": sorted(_weights),
@@ -221,6 +223,32 @@ def test_a_failing_setup_is_reported_at_first_use(ray_session: RaySession[None])
         grid.push_messages([_message(2)])
 
 
+def _slow_set_up(shared: Mapping[str, np.ndarray]) -> None:
+    time.sleep(60)
+
+
+def test_a_start_that_takes_too_long_says_what_it_waits_for_and_what_to_do(
+    ray_session: RaySession[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_session_module, "NOTE_EVERY_S", 0.2)
+    notes: list[str] = []
+    with RayGrid(
+        app=f"{__name__}:toy_app",
+        setup=_slow_set_up,
+        num_workers=1,
+        run_config={},
+        start_timeout_s=3,
+        note=notes.append,
+    ) as grid:
+        grid.get_node_ids()  # Ray itself is there
+        with pytest.raises(WorkerError) as caught:
+            grid.push_messages([_message(2)])
+    start, *fixes = str(caught.value).split("; ")
+    assert start == "worker 1 of 1 did not start within execution.start_timeout_s = 3 s"
+    assert "RAY_worker_niceness" in fixes[0]
+    assert any(note.startswith("waiting for worker 1 of 1 to start, 2 s") for note in notes), notes
+
+
 @pytest.fixture(scope="module")
 def ray_grid(ray_session: RaySession[None]) -> Iterator[RayGrid]:
     with RayGrid(
@@ -294,6 +322,7 @@ def test_shared_arrays_are_read_only_views_of_the_object_store(grid: RayGrid) ->
         assert facts["in_store"]
         assert not facts["writeable"]
         assert facts["threads"] == "1"
+        assert facts["niceness"] == os.nice(0)  # Ray would have them give way to everything else on the machine
         assert int(facts["keeps_memory"]) > 2**30
 
 

@@ -80,6 +80,7 @@ def test_round_trip_of_our_own_model(freeze_a: str, tmp_path: Path) -> None:
     trainable.load(trainable.spec.views(values))
     save_adapter(trainable.model, trainable.spec.views(values), c.trainable.lora, tmp_path / "a", base="ours")
     other_seed = config(f"trainable.lora.freeze_a={freeze_a}", f"trainable.lora.adapter={tmp_path / 'a'}", "seed=9")
+    assert len({file.stat().st_mode for file in (tmp_path / "a").iterdir()}) == 1  # to be published, all of it
     again = build_trainable(build_model(c, frequencies, 1), other_seed)
     torch.testing.assert_close(logits(again.model), logits(trainable.model), rtol=0, atol=0)
 

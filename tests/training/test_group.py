@@ -133,13 +133,14 @@ def test_epochs_dropout_and_untied_tables(model: str, loss: str, tied: str) -> N
     assert_same(config(*MODELS[model], *KINDS["all"], f"loss.kind={loss}", *others), texts())
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", ["lora", "bias", "all"])
-def test_a_hugging_face_model_equals_one_by_one(kind: str) -> None:
-    """GPT-2 is made of leaves that groups know."""
+def test_a_hugging_face_model_equals_one_by_one(kind: str, loss: str) -> None:
+    """GPT-2 is made of leaves that groups know, and has no output bias."""
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12}
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, bos_token_id=0, eos_token_id=0, **sizes))
-    assert_same(config(*KINDS[kind]), texts(), PretrainedModel(gpt2))
+    assert_same(config(*KINDS[kind], f"loss.kind={loss}"), texts(), PretrainedModel(gpt2))
 
 
 def test_a_tensor_that_no_leaf_knows_trains_one_by_one() -> None:
@@ -220,6 +221,26 @@ def test_a_diverging_device_leaves_its_group_alone() -> None:
     for d in (1, 2):
         expected = local.train(tokens[d], key=KEY, device=d).update
         assert (np.abs(updates[d] - expected) <= a_round.rounding(expected)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 100), min_size=1, max_size=8),
+    words=st.sampled_from([(0, 1), (0, V), (V - 1, V)]),
+    rate=st.sampled_from([0.1, 30.0, 1e38]),
+    kind=st.sampled_from(sorted(KINDS)),
+    loss=st.sampled_from(LOSSES),
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_no_text_makes_a_group_raise(
+    lengths: list[int], words: tuple[int, int], rate: float, kind: str, loss: str
+) -> None:
+    """A group that raised because of a text would have its round done again, or ended, because of a device's data."""
+    rates = [f"local.learning_rate={rate}", f"local.row_learning_rate={rate}"]
+    rng = np.random.default_rng(len(lengths))
+    tokens = [rng.integers(*words, n).astype(np.int32) for n in lengths]
+    results = Round(config(*KINDS[kind], f"loss.kind={loss}", *rates)).in_groups(tokens)
+    assert len(results) == len(tokens)
 
 
 @pytest.mark.parametrize("kind", ["lora", "bias", "all"])

@@ -136,6 +136,12 @@ class Banded(Unsampled):
             max_participations=max_participations,
         )
 
+    def with_known_cohorts(self) -> Banded:
+        """Return the mechanism whose users are each in every round of their class, as far as anybody promises."""
+        if not self.amplified:
+            return self
+        return replace(self, participation=replace(self.participation, sampler="separated", max_participations=0))
+
     def prefix_rmse(self) -> float:
         """Return the root mean square noise of prefix sums for z = 1."""
         return toeplitz.prefix_rmse(toeplitz.inverse_column(self.column[: self.bands], self.participation.rounds))

@@ -109,6 +109,13 @@ class Mechanism(ABC):
     def noise_multiplier(self, *, epsilon: float, delta: float) -> float:
         """Return the smallest z whose T releases cost at most `epsilon`."""
 
+    def with_known_cohorts(self) -> Mechanism:
+        """Return the same noise, accounted for an analyst who knows who is in which cohort: nothing amplifies.
+
+        The mechanism itself where its accounting assumes no secret sampling.
+        """
+        return self
+
     @abstractmethod
     def prefix_rmse(self) -> float:
         """Return the root mean square, over t = 1..T, of the noise in one coordinate of the prefix sums, for z = 1."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fedlm.privacy import accounting
@@ -107,6 +107,12 @@ class Gaussian(Unsampled):
             separation=separation,
             max_participations=max_participations,
         )
+
+    def with_known_cohorts(self) -> Gaussian:
+        """Return the mechanism whose users are each in every round, as far as anybody promises."""
+        if not self.amplified:
+            return self
+        return replace(self, participation=replace(self.participation, sampler="fixed", cap=0))
 
     def prefix_rmse(self) -> float:
         """Return sqrt((T + 1) / 2): the t-th prefix sum has variance t."""

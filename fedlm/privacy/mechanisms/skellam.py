@@ -165,6 +165,12 @@ class DistributedSkellam(Mechanism):
         times = most_participations(self.participation, num_releases)
         return replace(self.design(noise_multiplier, delta=delta), max_participations=times).epsilon_server
 
+    def with_known_cohorts(self) -> DistributedSkellam:
+        """Return the mechanism whose users are each in every round, as far as anybody promises."""
+        if not self.amplified:
+            return self
+        return replace(self, participation=replace(self.participation, sampler="fixed"))
+
     def prefix_rmse(self) -> float:
         """Return that of Gaussian noise: independent in every round, of the same variance."""
         return Gaussian(self.participation).prefix_rmse()

@@ -2,6 +2,7 @@
 
 from fedlm.privacy.testkit.checks import CHECKS, check_strategy, check_subject, strategy_checks
 from fedlm.privacy.testkit.failure import PrivacyTestFailure
+from fedlm.privacy.testkit.neighbouring_fleet import check_neighbouring_fleets
 from fedlm.privacy.testkit.strategy_subject import StrategyRun, StrategySubject
 from fedlm.privacy.testkit.subject import Claim, Make, Outcome, Setting, Subject
 
@@ -15,6 +16,7 @@ __all__ = [
     "StrategyRun",
     "StrategySubject",
     "Subject",
+    "check_neighbouring_fleets",
     "check_strategy",
     "check_subject",
     "strategy_checks",

@@ -23,6 +23,8 @@ _NARROW_RUNS = 8
 _SEGMENTS = 8
 LARGEST_CELL = 2.0**-17
 """Coarsest lattice, in standard deviations, that passes; fedlm's own is 2^-20 to 2^-21."""
+LARGEST_SINGLE = 0.01
+"""Largest share of draws that are fp32 numbers to 45 bits; of fp64 draws about 2^-20 are."""
 
 
 def noise_law(make: Make) -> None:
@@ -33,14 +35,14 @@ def noise_law(make: Make) -> None:
 
     Raises:
         PrivacyTestFailure: Distribution function, mean, variance (of all, of a round, of an eighth of the
-            coordinates), tails beyond 2, 3 and 4 standard deviations, independence of coordinates, granularity, or the
-            law of short vectors' norms is not that of iid N(0, 1) after whitening.
+            coordinates), tails beyond 2, 3 and 4 standard deviations, independence of coordinates, granularity,
+            precision, or the law of short vectors' norms is not that of iid N(0, 1) after whitening.
 
     Guarantee:
         False alarms: below 2e-7 (fewer than 1,200 tests at 1e-10; the lattice's alarm lies far beyond them).
         Found in 20 of 20 trials each: a std wrong by 2 % in all coordinates, by 7 % in one eighth of them, by half in
-        an answer of a rider; Laplace and uniform noise, truncation at 3 standard deviations, fp16, bf16, a lattice of
-        2^-16; correlations of 0.25 within a round; redrawing one vector in five.
+        an answer of a rider; Laplace and uniform noise, truncation at 3 standard deviations, fp16, bf16, fp32
+        in a release of fp64, a lattice of 2^-16; correlations of 0.25 within a round; redrawing one vector in five.
     """
     for crowd in SMALL_CROWDS:
         noise = _common(_noise(make, WIDE, crowd))  # (T, P)
@@ -48,6 +50,7 @@ def noise_law(make: Make) -> None:
         _same_variance(noise, crowd)
         _independent(noise, crowd)
         _fine(noise, crowd)
+        _double(noise, crowd)
     _norms(make)
 
 
@@ -94,6 +97,16 @@ def _fine(noise: Floats, crowd: str) -> None:
         raise PrivacyTestFailure(
             f"noise law: the noise lies on a lattice of {cell:.3g} std (world: {crowd}), allowed is "
             f"{LARGEST_CELL:.3g}; its gaps show which sums are possible: draw it in fp64"
+        )
+
+
+def _double(noise: Floats, crowd: str) -> None:
+    """Refuse draws of single precision, unless a coarser rounding of the release hides what they were."""
+    share = statistics.single_precision(noise.ravel())
+    if share > LARGEST_SINGLE:
+        raise PrivacyTestFailure(
+            f"noise law: a share {share:.3g} of the noise, in standard deviations, are fp32 numbers (world: {crowd}), "
+            f"allowed is {LARGEST_SINGLE:g}; its gaps and its short tails show which sums are possible: draw it in fp64"
         )
 
 

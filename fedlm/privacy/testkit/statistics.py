@@ -114,6 +114,12 @@ def lattice(draws: Floats) -> float:
     return ties * 2 * math.sqrt(math.pi) / (draws.size * (draws.size - 1) / 2)
 
 
+def single_precision(draws: Floats) -> float:
+    """Return the share of draws that are fp32 numbers up to a relative 2^-45, what scaling in fp64 leaves of them."""
+    rounded = draws.astype(np.float32).astype(np.float64)
+    return float(np.mean(np.abs(draws - rounded) <= 2.0**-45 * np.abs(draws)))
+
+
 def clopper_pearson(count: int, trials: int, alpha: float) -> tuple[float, float]:
     """Return the exact interval of a probability; each side fails with probability at most alpha / 2."""
     from scipy.special import betainccinv, betaincinv

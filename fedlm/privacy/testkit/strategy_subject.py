@@ -17,6 +17,7 @@ from fedlm.errors import ConfigError
 from fedlm.privacy.adaptation import PrivacyState
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
 from fedlm.privacy.riders import DPMetrics, Facts, WordMap
@@ -70,7 +71,8 @@ class StrategyRun:
         self._arguments = (strategy, strategy_config, privacy_config, rows_config, setting)
         self._setting, self._strategy, self._rows_config = setting, strategy(strategy_config), rows_config
         stored = _stored_plan(privacy_config, rows_config, replace(setting, seed=0))
-        self._plan = PrivacyPlan.from_json(stored, seed=setting.seed)
+        key = CohortKey.reproducible(setting.seed)
+        self._plan = PrivacyPlan.from_json(stored, seed=setting.seed, cohort_key=key)
         self._keys = _Keys([])
         self._plan.keep_keys(self._keys)
         full = _full_spec(setting.size)
@@ -249,6 +251,7 @@ def _stored_plan(config: PrivacyConfig, rows: RowsConfig | None, setting: Settin
         population=0,
         expected_cohort=0,
         reproducible_noise=setting.reproducible,
+        reproducible_cohorts=False,  # the kit brings keys of its own
     )
     plan = PrivacyPlan.create(
         config,

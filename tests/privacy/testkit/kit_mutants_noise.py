@@ -55,6 +55,12 @@ class _Coarse(Plain):
         return np.rint(super().draw(t, updates) * 2**12) / 2**12
 
 
+@mutant("normals drawn in fp32", "noise law")
+class _Single(Plain):
+    def draw(self, t: int, updates: Updates) -> Floats:
+        return self.rng(t).standard_normal(self.setting.size, np.float32).astype(np.float64)
+
+
 @mutant("uniform noise of the same variance", "noise law")
 class _Uniform(Plain):
     def draw(self, t: int, updates: Updates) -> Floats:

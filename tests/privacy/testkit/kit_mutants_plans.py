@@ -115,3 +115,12 @@ class _OneNoise(StrategyRun):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._plan._noise._mechanism = Gaussian(self._plan.mechanism.participation)
+
+
+@run_mutant("a plan whose noise stays at the first clip norm", "noise law", PrivacyConfig(clip_quantile=0.5))
+class _FirstNorm(StrategyRun):
+    def _release(self, total: Any, round_number: int) -> Any:
+        growth, size = self._setting.clip_norm / total.clipper.clip_norm, total.size
+        clean = total.to_arrays()[0][:size] * (total.clipper.unit / total.clipper.update_share / self._setting.cohort)
+        released = super()._release(total, round_number)
+        return replace(released, mean=(clean + growth * (released.mean - clean)).astype(np.float32))

@@ -84,3 +84,11 @@ class _Greedy(Adaptive):
 class _RealisedBits(Adaptive):
     def bits(self, updates: Updates) -> float:
         return super().bits(updates) * self.setting.cohort / max(1, len(updates))
+
+
+@mutant("an adaptive clip whose noise stays at the first clip norm", "noise law")
+class _FirstClip(Adaptive):
+    def actual_std(self, noise: Floats, clean: Floats) -> Floats:
+        std = self.stated_std()
+        std[:-1] *= self.setting.clip_norm / self.clip_norm
+        return std

@@ -44,6 +44,7 @@ CORRECT: dict[str, tuple[Make, tuple[str, ...]]] = {
         (*SUM, "fresh noise", "dense support", "post-processing"),
     ),
     "fedavg, public scales": (plan(allocation="public"), SUM),
+    "fedavg, public scales and adaptive clip": (plan(allocation="public", clip_quantile=0.5), ("noise law",)),
     "fedavg, clip norm by group": (plan(allocation="per_group"), (*SUM, "two worlds")),
     "fedavg, allocation as published": (plan(allocation="published"), (*SUM, "post-processing")),
     "fedavg, BLT and a metric": (plan(mechanism="blt", metrics=("num_tokens",)), KEPT),
