@@ -59,7 +59,7 @@ class TrainRequest:
     Arguments:
         devices: Device ids (U,), group after group.
         group_sizes: (K,) devices of each group; a group trains together, and its bits depend on who is in it.
-        clipper: What to clip with, and what else to ask a device (`fedlm.privacy.clipper.Clipper.to_text`).
+        clipper: What to clip with, and what else to ask a device: a `fedlm.privacy.clipper.Clipper` as text.
         piece: Number of this piece of work in the round.
         sum_name: Names the partial sum. A node keeps one; a request with another name begins a new one.
         flush: Send the partial sum along with the reply.

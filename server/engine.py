@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedlm.codec import to_text
 from fedlm.config.load import config_hash
 from fedlm.config.schema import Config, ExecutionConfig
 from fedlm.data.batching import evaluation_users
@@ -197,7 +198,7 @@ class Engine:
             *failures, summary = report.ledger_lines(t, up, down, seconds)
             summary |= {"reclipped": total.num_reclipped} if total.num_reclipped else {}
             ledger = [*failures, turnout.complete(summary)]
-            record.update(metrics=metrics, ledger=ledger, clipper=total.clipper.to_text())
+            record.update(metrics=metrics, ledger=ledger, clipper=to_text(total.clipper))
             self._folder.write_release(t, {**release_arrays(released), "rows": self._rows(t)}, record)
             self._num_released = t
             return released
@@ -266,7 +267,7 @@ class Engine:
         """Cut the cohort into pieces of whole groups; the groups depend on the cohort alone, never on the nodes."""
         num_tokens = self._device_tokens[cohort]  # (U,)
         groups = group_devices(num_tokens, self._config)
-        return self._dispatcher.pieces(cohort, num_tokens, groups, clipper.to_text())
+        return self._dispatcher.pieces(cohort, num_tokens, groups, to_text(clipper))
 
     def _order(self, kind: str, version: int) -> Order:
         broadcast = self._broadcast(version, whole=False)
@@ -350,7 +351,7 @@ class Engine:
             "experiment": _identity(self._config),
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
             "privacy": self._plan.figures(),
-            "privacy_state": self._privacy.text(),
+            "privacy_state": self._privacy.scalars(),
         }
         is_audit = self._experiment.canaries.count > 0  # an audit looks at every release
         self._folder.write_checkpoint(self._state.num_steps, arrays, meta, keep_journal=is_audit)

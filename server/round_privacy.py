@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import join, split
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
 from fedlm.privacy.adaptation import PrivacyState, Released
@@ -23,7 +24,7 @@ from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from server.noise_keys import NoiseKeys
 from server.turnout import Bytes, RoundTask
 
-_ANSWER, _SCORES = "answer.", "privacy.word_scores"
+_ANSWER, _STATE = "answer.", "privacy."
 
 
 class RoundPrivacy:
@@ -112,16 +113,21 @@ class RoundPrivacy:
 
     def arrays(self) -> dict[str, Any]:
         """Return the state's arrays for a checkpoint."""
-        return {} if self._state.word_scores is None else {_SCORES: self._state.word_scores}
+        return {_STATE + name: array for name, array in split(self._state)[0].items()}
 
-    def text(self) -> str:
-        """Return the rest of the state for a checkpoint."""
-        return self._state.to_text() if self.plan.enabled else ""
+    def scalars(self) -> dict[str, Any]:
+        """Return the rest of the state for a checkpoint, JSON-ready."""
+        return split(self._state)[1] if self.plan.enabled else {}
 
-    def restore(self, arrays: Mapping[str, Any], text: str) -> None:
-        """Go back to the state of a checkpoint."""
-        if text:
-            self._state = PrivacyState.from_text(text, arrays.get(_SCORES))
+    def restore(self, arrays: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
+        """Go back to the state of a checkpoint.
+
+        Raises:
+            DataError: Not such a state.
+        """
+        if self.plan.enabled:
+            own = {name.removeprefix(_STATE): array for name, array in arrays.items() if name.startswith(_STATE)}
+            self._state = join(PrivacyState, own, scalars, where="stored privacy state")
 
     def rewind_keys(self, last_round: int) -> None:
         """Throw away the noise keys of rounds that were never released."""

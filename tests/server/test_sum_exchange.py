@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.partial_sum import KeptSum
+from fedlm.codec import to_text
 from fedlm.errors import WorkerError
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
@@ -42,7 +43,7 @@ def update_of(device: int) -> np.ndarray:
 def requests_for(num_pieces: int) -> list[TrainRequest]:
     """Pieces of one to three devices each."""
     devices = [np.arange(3 * i, 3 * i + 1 + i % 3) for i in range(num_pieces)]
-    return [TrainRequest(d, np.array([len(d)]), Clipper(CLIP_NORM).to_text()) for d in devices]
+    return [TrainRequest(d, np.array([len(d)]), to_text(Clipper(CLIP_NORM))) for d in devices]
 
 
 class Clock:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlm.codec import split
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.privacy.adaptation import PrivacyState, Released
@@ -188,7 +189,7 @@ class StrategyRun:
 
     def _public(self, diagnostics: Mapping[str, float], spec: UpdateSpec) -> dict[str, Any]:
         state = {"values": self._state.values.copy(), "num_steps": np.array(self._state.num_steps)}
-        state["privacy state"] = np.frombuffer(self._privacy.to_text().encode(), np.uint8)
+        state["privacy state"] = np.frombuffer(str(split(self._privacy)[1]).encode(), np.uint8)
         state["row ids"] = np.array(spec.row_ids)
         if self._privacy.word_scores is not None:
             state["word scores"] = self._privacy.word_scores.copy()
