@@ -6,7 +6,6 @@ never does.
 
 from __future__ import annotations
 
-import math
 from io import BytesIO
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -14,15 +13,18 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
-from fedlm.messages import pack, unpack
+from fedlm.codec import join, split
+from fedlm.errors import DataError
 
 Message = TypeVar("Message")
 Records: TypeAlias = dict[str, ArrayRecord | MetricRecord | ConfigRecord]
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 def to_records(name: str, message: Any) -> Records:
     """Return the two records of a message, `<name>.arrays` and `<name>.scalars`."""
-    arrays, scalars = pack(message)
+    arrays, scalars = split(message)
     return {
         f"{name}.arrays": ArrayRecord({key: Array(np.ascontiguousarray(a)) for key, a in arrays.items()}),
         f"{name}.scalars": ConfigRecord({k: cast(ConfigRecordValues, v) for k, v in scalars.items()}),
@@ -30,17 +32,31 @@ def to_records(name: str, message: Any) -> Records:
 
 
 def from_records(cls: type[Message], name: str, records: RecordDict) -> Message:
-    """Rebuild the message of class `cls` that `to_records(name, ...)` packed; its arrays are read-only, not copied."""
-    arrays = {key: _view(array) for key, array in records.array_records[f"{name}.arrays"].items()}
-    return unpack(cls, arrays, dict(records.config_records[f"{name}.scalars"]))
+    """Rebuild the message of class `cls` that `to_records(name, ...)` split; its arrays are read-only, not copied.
+
+    Raises:
+        DataError: A record or field is missing, unknown or of a wrong type, or the bytes of an array are no array.
+    """
+    arrays, scalars = records.get(f"{name}.arrays"), records.get(f"{name}.scalars")
+    if not isinstance(arrays, ArrayRecord) or not isinstance(scalars, ConfigRecord):
+        raise DataError(f"message has {sorted(records)}, must have {name}.arrays and {name}.scalars, of their types")
+    views = {key: _view(array, f"{name}.arrays {key!r}") for key, array in arrays.items()}
+    return join(cls, views, dict(scalars), where=f"message {name!r}")
 
 
-def _view(array: Array) -> npt.NDArray[Any]:
-    """Return `array.numpy()`, which copies, as a view of the bytes; whatever is not plain is left to flwr to judge."""
-    head = BytesIO(array.data)  # shares the bytes
-    if array.stype != "numpy.ndarray" or np.lib.format.read_magic(head) != (1, 0):
-        return array.numpy()
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
-    if fortran_order or dtype.hasobject:
-        return array.numpy()
-    return np.frombuffer(array.data, dtype, math.prod(shape), head.tell()).reshape(shape)
+def _view(array: Array, where: str) -> npt.NDArray[Any]:
+    """Return `array.numpy()`, which copies, as a view of the bytes.
+
+    Raises:
+        DataError: They are no .npy file of numbers, or of another size than its header says.
+    """
+    file = BytesIO(array.data)  # shares the bytes
+    try:
+        read_header = _HEADERS[np.lib.format.read_magic(file)]
+        shape, fortran_order, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError("objects need allow_pickle, which runs what was sent")
+        values = np.frombuffer(array.data, dtype, offset=file.tell()) if 0 not in shape else np.empty(0, dtype)
+        return values.reshape(shape, order="F" if fortran_order else "C")
+    except (ValueError, KeyError, TypeError, ArithmeticError, SyntaxError) as error:
+        raise DataError(f"{where} of {len(array.data):,} bytes is no array ({error}); send an .npy file") from error

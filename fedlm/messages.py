@@ -4,22 +4,18 @@ A node hosts one or more devices and keeps the current model. The server's broad
 changed since the round before (a *patch*); a node that missed a round, or that has just started, answers `stale` and
 gets the whole vector once.
 
-Each message is a frozen dataclass of arrays and scalars; `pack` and `unpack` split it so, generically.
+Each message is a frozen dataclass of arrays and scalars, told by their types apart (`fedlm.codec.split` and `join`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import coded
 from fedlm.trainable.spec import RowIds, Vector
-
-Scalar = int | float | str | bool | bytes | list[int] | list[float] | list[str]
-Message = TypeVar("Message")
 
 EMPTY_IDS: RowIds = np.empty(0, np.int64)
 EMPTY_VECTOR: Vector = np.empty(0, np.float32)
@@ -27,6 +23,7 @@ FROM_SCRATCH = -1
 NOT_FINITE = "update not finite"  # the cause of a failure when an update holds NaN or infinity
 
 
+@coded
 @dataclass(frozen=True)
 class Broadcast:
     """The server's state for one round, the same for all nodes.
@@ -52,6 +49,7 @@ class Broadcast:
     noise_std: float
 
 
+@coded
 @dataclass(frozen=True)
 class TrainRequest:
     """Train these devices and add their clipped updates to the node's partial sum.
@@ -73,6 +71,7 @@ class TrainRequest:
     flush: bool = True
 
 
+@coded
 @dataclass(frozen=True)
 class TrainReply:
     """What became of a piece's devices, as far as the simulation may look at it; the updates are in the partial sum.
@@ -96,6 +95,7 @@ class TrainReply:
     peak_mb: float
 
 
+@coded
 @dataclass(frozen=True)
 class FlushRequest:
     """Send the partial sum of this name, and keep nothing of it."""
@@ -103,6 +103,7 @@ class FlushRequest:
     sum_name: str
 
 
+@coded
 @dataclass(frozen=True)
 class PartialSum:
     """What a node held: the sum over whole pieces, and which ones.
@@ -118,6 +119,7 @@ class PartialSum:
     num_devices: int
 
 
+@coded
 @dataclass(frozen=True)
 class EvaluateRequest:
     """Score the text of these held-out users (indices into the token store)."""
@@ -125,6 +127,7 @@ class EvaluateRequest:
     users: RowIds
 
 
+@coded
 @dataclass(frozen=True)
 class EvaluateReply:
     """Sums of `fedlm.losses.evaluation.Score`."""
@@ -135,15 +138,3 @@ class EvaluateReply:
     num_bytes: int
     log_z: float
     log_z_squared: float
-
-
-def pack(message: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Scalar]]:
-    """Split a message into its arrays and its scalars, by field name."""
-    values = {f.name: getattr(message, f.name) for f in fields(message)}
-    arrays = {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
-    return arrays, {name: v for name, v in values.items() if name not in arrays}
-
-
-def unpack(cls: type[Message], arrays: Mapping[str, npt.NDArray[Any]], scalars: Mapping[str, Any]) -> Message:
-    """Rebuild a message of class `cls`; the inverse of `pack`."""
-    return cls(**{**arrays, **scalars})

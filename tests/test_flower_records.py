@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, floating_dtypes, integer_dtypes
 
+from fedlm.codec import coded
 from fedlm.flower_records import from_records, to_records
 
 
+@coded
 @dataclass(frozen=True)
 class Parcel:
     """A message with an array and scalars."""
