@@ -150,6 +150,7 @@ def tuples(strategy: st.SearchStrategy[Any], size: int) -> st.SearchStrategy[tup
 
 def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
     """Return values of a class whose fields constrain each other; None where types tell enough."""
+    from fedlm.models import noise_levels
     from fedlm.privacy import adaptation, allocation, clipper, geometry, riders, skellam
     from fedlm.privacy import mechanisms as rooms
 
@@ -164,6 +165,10 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
         return made_with(cls, share=shares, quantile=st.floats(0.01, 0.99))
     if issubclass(cls, riders.Rider):
         return made_with(cls, share=shares, **dict.fromkeys(("num_groups", "vocabulary_size"), counts))
+    if cls is noise_levels.NoiseLevels:
+        variances = st.floats(0, 1e9, width=32)
+        rows = arrays(np.float32, array_shapes(max_dims=1, min_side=0), elements=variances)
+        return made_with(cls, rows=rows, weights=st.dictionaries(st.text(), variances, max_size=3))
     special_fields: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         geometry.Geometry: {
             "spans": st.just(((0, 4, 0), (4, 5, 1))), "scales": tuples(positive, 2),
