@@ -426,3 +426,35 @@ def test_a_shape_that_lies_about_its_data_is_refused() -> None:
     for change in ({"shape": [10**12]}, {"shape": [10**30]}, {"shape": [-3]}, {"dtype": "<f8"}, {"dtype": "O"}):
         with pytest.raises(DataError, match="it: values"):
             decode(Sent, plain | {"values": plain["values"] | change}, where="it")
+
+
+@coded
+@dataclass(frozen=True)
+class Halved:
+    """Its check divides, which fails for numbers beyond fp64."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count / 2 < 0:
+            raise ValueError(f"count = {self.count} must be >= 0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain", "says"),
+    [
+        (int, True, "it = True must be a whole number"),
+        (bool, 1, "it = 1 must be true or false"),
+        (Literal["a", 1], True, "it = True must be one of a, 1"),
+        (Literal["a", 1], 1.0, r"it = 1\.0 must be one of a, 1"),
+        (Colour, 1, "it = 1 must be one of RED, BLUE"),
+        (bytes, "AB==", "it = 'AB==' must be text in base64"),  # bits in the padding: AA== is the same byte
+        (bytes, "A A=", "it = 'A A=' must be text in base64"),
+        (tuple[int, str], [1], r"it = \[1\] must be a list of 2"),
+        (Halved, {"count": -1}, "it: count = -1 must be >= 0"),
+        (Halved, {"count": 10**400}, "it: integer division result too large"),
+    ],
+)
+def test_what_is_nearly_right_is_refused(kind: Any, plain: Any, says: str) -> None:
+    with pytest.raises(DataError, match=f"^{says}"):
+        decode(kind, plain, where="it")
