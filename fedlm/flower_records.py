@@ -19,6 +19,7 @@ from fedlm.errors import DataError
 Message = TypeVar("Message")
 Records: TypeAlias = dict[str, ArrayRecord | MetricRecord | ConfigRecord]
 
+_LONGEST_REASON = 200  # characters; what numpy says may quote the whole header
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -56,7 +57,10 @@ def _view(array: Array, where: str) -> npt.NDArray[Any]:
         shape, fortran_order, dtype = read_header(file)
         if dtype.hasobject:
             raise ValueError("objects need allow_pickle, which runs what was sent")
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape {shape}")
         values = np.frombuffer(array.data, dtype, offset=file.tell()) if 0 not in shape else np.empty(0, dtype)
         return values.reshape(shape, order="F" if fortran_order else "C")
-    except (ValueError, KeyError, TypeError, ArithmeticError, SyntaxError) as error:
-        raise DataError(f"{where} of {len(array.data):,} bytes is no array ({error}); send an .npy file") from error
+    except Exception as error:  # numpy parses the header as Python: any kind may come of garbage
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise DataError(f"{where} of {len(array.data):,} bytes is no array ({reason}); send an .npy file") from error
