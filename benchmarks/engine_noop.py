@@ -33,6 +33,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.measure import machine, status_mb
 from clients.partial_sum import KeptSum
+from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
 from fedlm.privacy.clipper import Clipper
@@ -235,7 +236,7 @@ def _summed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: floa
 
     dispatcher = Dispatcher(grid, 600.0, lambda node, reason: None)
     groups = [cohort[i : i + GROUP] for i in range(0, num_devices, GROUP)]
-    requests = dispatcher.pieces(cohort, np.full(num_devices, 100), groups, clipper.to_text())
+    requests = dispatcher.pieces(cohort, np.full(num_devices, 100), groups, to_text(clipper))
     done = 0
     for _, reply in dispatcher.train(Order("train", "1", {"arrays": record}, dict), requests, take):
         done += len(reply.devices)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from fedlm.codec import from_text
 from fedlm.messages import PartialSum, TrainRequest
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
@@ -32,7 +33,8 @@ class KeptSum:
         """
         if self._total is None or request.sum_name != self._name:
             self._drop()  # before the new one is made: two would be twice the memory
-            self._name, self._total = request.sum_name, Clipper.from_text(request.clipper).new_sum(size)
+            clipper = from_text(Clipper, request.clipper, where="clipper of the request")
+            self._name, self._total = request.sum_name, clipper.new_sum(size)
         try:
             yield self._total
         except BaseException:

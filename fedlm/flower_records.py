@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
+from fedlm.codec import join, split
 from fedlm.errors import DataError
-from fedlm.messages import pack, unpack
 
 # A header as numpy writes it, for numbers. `numpy.lib.format` evaluates the text that came, and then allocates by it.
 _HEADER = re.compile(
@@ -27,10 +27,13 @@ _LONGEST_HEADER, _MOST_DIMENSIONS = 2048, 32
 Message = TypeVar("Message")
 Records: TypeAlias = dict[str, ArrayRecord | MetricRecord | ConfigRecord]
 
+_LONGEST_REASON = 200  # characters; what numpy says may quote the whole header
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 def to_records(name: str, message: Any) -> Records:
     """Return the two records of a message, `<name>.arrays` and `<name>.scalars`."""
-    arrays, scalars = pack(message)
+    arrays, scalars = split(message)
     return {
         f"{name}.arrays": ArrayRecord({key: Array(np.ascontiguousarray(a)) for key, a in arrays.items()}),
         f"{name}.scalars": ConfigRecord({k: cast(ConfigRecordValues, v) for k, v in scalars.items()}),
@@ -38,7 +41,7 @@ def to_records(name: str, message: Any) -> Records:
 
 
 def from_records(cls: type[Message], name: str, records: RecordDict) -> Message:
-    """Rebuild the message of class `cls` that `to_records(name, ...)` packed; its arrays are read-only, not copied.
+    """Rebuild the message of class `cls` that `to_records(name, ...)` split; its arrays are read-only, not copied.
 
     Nothing is allocated by what the sender says of sizes, so a message costs no more than the bytes that came.
 
@@ -48,7 +51,8 @@ def from_records(cls: type[Message], name: str, records: RecordDict) -> Message:
     arrays, scalars = records.get(f"{name}.arrays"), records.get(f"{name}.scalars")
     if not isinstance(arrays, ArrayRecord) or not isinstance(scalars, ConfigRecord):
         raise DataError(f"the records '{name}.arrays' and '{name}.scalars' of a {cls.__name__} are missing")
-    return unpack(cls, {str(key): _view(str(key), array) for key, array in arrays.items()}, dict(scalars))
+    views = {str(key): _view(str(key), array) for key, array in arrays.items()}
+    return join(cls, views, dict(scalars), where=f"message {name!r}")
 
 
 def _view(name: str, array: Array) -> npt.NDArray[Any]:

@@ -4,24 +4,18 @@ A node hosts one or more devices and keeps the current model. The server's broad
 changed since the round before (a *patch*); a node that missed a round, or that has just started, answers `stale` and
 gets the whole vector once.
 
-Each message is a frozen dataclass of arrays and scalars; `pack` and `unpack` split it so, generically.
+Each message is a frozen dataclass of arrays and scalars, told by their types apart (`fedlm.codec.split` and `join`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.errors import DataError
+from fedlm.codec import coded
 from fedlm.trainable.spec import RowIds, Vector
-
-Scalar = int | float | str | bool | bytes | list[int] | list[float] | list[str]
-Message = TypeVar("Message")
 
 EMPTY_IDS: RowIds = np.empty(0, np.int64)
 EMPTY_VECTOR: Vector = np.empty(0, np.float32)
@@ -29,6 +23,7 @@ FROM_SCRATCH = -1
 NOT_FINITE = "update not finite"  # the cause of a failure when an update holds NaN or infinity
 
 
+@coded
 @dataclass(frozen=True)
 class Broadcast:
     """The server's state for one round, the same for all nodes.
@@ -60,6 +55,7 @@ class Broadcast:
     noise_std: float
 
 
+@coded
 @dataclass(frozen=True)
 class TrainRequest:
     """Train these devices and add their clipped updates to the node's partial sum.
@@ -67,7 +63,7 @@ class TrainRequest:
     Arguments:
         devices: Device ids (U,), group after group.
         group_sizes: (K,) devices of each group; a group trains together, and its bits depend on who is in it.
-        clipper: What to clip with, and what else to ask a device (`fedlm.privacy.clipper.Clipper.to_text`).
+        clipper: What to clip with, and what else to ask a device: a `fedlm.privacy.clipper.Clipper` as text.
         piece: Number of this piece of work in the round.
         sum_name: Names the partial sum. A node keeps one; a request with another name begins a new one.
         flush: Send the partial sum along with the reply.
@@ -81,6 +77,7 @@ class TrainRequest:
     flush: bool = True
 
 
+@coded
 @dataclass(frozen=True)
 class TrainReply:
     """What became of a piece's devices, as far as the simulation may look at it; the updates are in the partial sum.
@@ -104,6 +101,7 @@ class TrainReply:
     peak_mb: float
 
 
+@coded
 @dataclass(frozen=True)
 class FlushRequest:
     """Send the partial sum of this name, and keep nothing of it."""
@@ -111,6 +109,7 @@ class FlushRequest:
     sum_name: str
 
 
+@coded
 @dataclass(frozen=True)
 class PartialSum:
     """What a node held: the sum over whole pieces, and which ones.
@@ -126,6 +125,7 @@ class PartialSum:
     num_devices: int
 
 
+@coded
 @dataclass(frozen=True)
 class EvaluateRequest:
     """Score the text of these held-out users (indices into the token store)."""
@@ -133,6 +133,7 @@ class EvaluateRequest:
     users: RowIds
 
 
+@coded
 @dataclass(frozen=True)
 class EvaluateReply:
     """Sums of `fedlm.losses.evaluation.Score`."""
@@ -143,54 +144,3 @@ class EvaluateReply:
     num_bytes: int
     log_z: float
     log_z_squared: float
-
-
-def pack(message: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Scalar]]:
-    """Split a message into its arrays and its scalars, by field name."""
-    values = {f.name: getattr(message, f.name) for f in fields(message)}
-    arrays = {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
-    return arrays, {name: v for name, v in values.items() if name not in arrays}
-
-
-def unpack(cls: type[Message], arrays: Mapping[str, npt.NDArray[Any]], scalars: Mapping[str, Any]) -> Message:
-    """Rebuild a message of class `cls`, the inverse of `pack`; whoever sent it may have sent anything.
-
-    Raises:
-        DataError: Not exactly the fields of `cls`, or one of another type; arrays of a given dtype are vectors (n,).
-    """
-    types, values = _field_types(cast(Hashable, cls)), {**scalars, **arrays}
-    if values.keys() != types.keys():
-        missing, unknown = sorted(types.keys() - values.keys()), sorted(map(str, values.keys() - types.keys()))
-        raise DataError(f"a {cls.__name__} lacks the fields {missing} and has the unknown fields {unknown[:3]}")
-    for name, value in values.items():
-        if not _is_of(types[name], value):
-            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-            raise DataError(f"{cls.__name__}.{name} is of type {found}, must be {_described(types[name])}")
-    return cls(**values)
-
-
-@cache
-def _field_types(cls: Hashable) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cast(Any, cls))}
-
-
-def _dtype_of(kind: Any) -> Any:
-    """Return the scalar type of an array's annotation."""
-    return get_args(get_args(kind)[1])[0]
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    """Tell whether a value is what an annotation says: a vector, a list of scalars, or a scalar; no bool is an int."""
-    if get_origin(kind) is np.ndarray:
-        dtype = _dtype_of(kind)
-        return type(value) is np.ndarray and (dtype is Any or (value.dtype == dtype and value.ndim == 1))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(get_args(kind)[0], item) for item in value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _described(kind: Any) -> str:
-    if get_origin(kind) is np.ndarray:
-        return f"a vector of {getattr(_dtype_of(kind), '__name__', 'any type')}"
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)

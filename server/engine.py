@@ -14,6 +14,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fedlm.codec import to_text
 from fedlm.data.batching import evaluation_users
 from fedlm.experiment import Experiment
 from fedlm.losses.evaluation import Score
@@ -32,7 +33,15 @@ from server.cohort_key import forget_cohort_key
 from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
 from server.noise_keys import NoiseKeys
-from server.resume import check_unchanged, experiment_hash, release_arrays, replayed, state_arrays, state_of
+from server.resume import (
+    check_unchanged,
+    experiment_hash,
+    privacy_scalars,
+    release_arrays,
+    replayed,
+    state_arrays,
+    state_of,
+)
 from server.round import Round, RoundOpener
 from server.round_lines import CohortReport, RunLines, json_number, now
 from server.run_folder import NOTHING, RunFolder
@@ -190,20 +199,20 @@ class Engine:
         training = opened.turnout.training
         num_tokens = self._experiment.store.num_tokens[self._experiment.fleet[training]]  # (U,)
         groups = group_devices(num_tokens, self._config)
-        return self._dispatcher.pieces(training, num_tokens, groups, opened.clip.to_text())
+        return self._dispatcher.pieces(training, num_tokens, groups, to_text(opened.clip))
 
     def _release(
         self, opened: Round, total: ClippedSum, report: CohortReport, started: float
     ) -> tuple[Release, dict[str, Any]]:
         """Noise the sum and make the release durable, with what metrics and ledger will say of the round."""
-        t, clip = opened.number, opened.clip
+        t = opened.number
         self._device_log.append(opened.turnout)
         release = self._plan.release(total, t, opened.specs.sends)
         seconds = time.monotonic() - started
         record = {
             "metrics": self._lines.metrics(opened, release, report, self._state.privacy, seconds),
             "ledger": self._lines.ledger(opened, total, report, seconds),
-            "clipper": clip.to_text(),
+            "clipper": to_text(opened.clip),
         }
         self._folder.write_release(t, release_arrays(release, opened.row_ids), record)
         self._num_released = t
@@ -277,7 +286,7 @@ class Engine:
             "experiment": experiment_hash(self._config),
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
             "privacy": self._plan.figures(),
-            "privacy_state": self._state.privacy.to_text(),
+            "privacy_state": privacy_scalars(self._state),
             "diagnostics": self._diagnostics,  # the round's line may not have been written yet
         }
         is_audit = self._experiment.canaries.count > 0  # an audit looks at every release

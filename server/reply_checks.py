@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import RecordDict
@@ -21,6 +21,8 @@ from fedlm.data.store import TokenStore
 from fedlm.errors import DataError
 from fedlm.flower_records import from_records
 from fedlm.messages import EvaluateReply, EvaluateRequest, PartialSum, TrainReply, TrainRequest
+
+Reply = TypeVar("Reply", TrainReply, PartialSum, EvaluateReply)
 
 MAX_TEXT = 300
 """Characters that are kept of a text which a node has sent."""
@@ -33,13 +35,23 @@ def plain_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:MAX_TEXT]).strip()
 
 
+def _read(cls: type[Reply], name: str, content: RecordDict) -> Reply:
+    """Return a reply whose arrays are vectors (n,)."""
+    reply = from_records(cls, name, content)
+    for field in fields(cast(Any, cls)):
+        value = getattr(reply, field.name)
+        if isinstance(value, np.ndarray) and value.ndim != 1:
+            raise DataError(f"{cls.__name__}.{field.name} has the shape {value.shape}, must be a vector")
+    return reply
+
+
 def read_train_reply(request: TrainRequest, content: RecordDict) -> TrainReply:
     """Return a node's answer to a piece of work, its causes cut to plain lines.
 
     Raises:
         DataError: Not a TrainReply, or one about other devices than those asked for, or figures that nobody can have.
     """
-    reply = from_records(TrainReply, "reply", content)
+    reply = _read(TrainReply, "reply", content)
     num_trained, num_failed = len(reply.devices), len(reply.failed)
     told = np.concatenate([reply.devices, reply.failed])
     if len(told) > len(request.devices) or len(np.unique(told)) < len(told) or not _within(told, request.devices):
@@ -71,7 +83,7 @@ def read_sum(asked: Sequence[tuple[int, TrainRequest]], content: RecordDict) -> 
     Raises:
         DataError: Not such a sum.
     """
-    partial = from_records(PartialSum, "sum", content)
+    partial = _read(PartialSum, "sum", content)
     numbers = [number for number, _ in asked]
     if len(np.unique(partial.pieces)) < len(partial.pieces) or not _within(partial.pieces, numbers):
         raise DataError(f"the node's sum holds {len(partial.pieces):,} pieces that are not those asked for, each once")
@@ -90,7 +102,7 @@ def evaluation_reader(store: TokenStore) -> Callable[[EvaluateRequest, RecordDic
     """
 
     def read(request: EvaluateRequest, content: RecordDict) -> EvaluateReply:
-        reply = from_records(EvaluateReply, "reply", content)
+        reply = _read(EvaluateReply, "reply", content)
         if reply.stale:
             return reply
         num_targets = int(np.maximum(store.num_tokens[request.users] - 1, 0).sum())

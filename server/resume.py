@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from fedlm.codec import join, split
 from fedlm.config.load import config_hash
 from fedlm.config.schema import Config, ExecutionConfig
 from fedlm.errors import DataError
@@ -18,7 +19,7 @@ from fedlm.trainable.spec import RowIds, UpdateSpec
 from server.round import RoundOpener
 from server.run_folder import CONFIG, RunFolder
 
-_ANSWER, _SLOT, _SCORES = "answer.", "slot.", "privacy.word_scores"
+_ANSWER, _SLOT, _PRIVACY = "answer.", "slot.", "privacy."
 Arrays = Mapping[str, Any]
 
 
@@ -37,15 +38,25 @@ def release_of(arrays: Arrays, spec: UpdateSpec, noise_std: float) -> Release:
 def state_arrays(state: ServerState) -> dict[str, Any]:
     """Return the arrays of a state for a checkpoint."""
     slots = {_SLOT + name: array for name, array in state.model.slots.items()}
-    scores = {} if state.privacy.word_scores is None else {_SCORES: state.privacy.word_scores}
-    return {"values": state.model.values, **slots, **scores}
+    learnt = {_PRIVACY + name: array for name, array in split(state.privacy)[0].items()}
+    return {"values": state.model.values, **slots, **learnt}
+
+
+def privacy_scalars(state: ServerState) -> dict[str, Any]:
+    """Return what the plan has learnt, without its arrays, JSON-ready."""
+    return split(state.privacy)[1]
 
 
 def state_of(arrays: Arrays, meta: Mapping[str, Any]) -> ServerState:
-    """Return the state of a checkpoint."""
+    """Return the state of a checkpoint.
+
+    Raises:
+        DataError: Not such a state.
+    """
     slots = {name.removeprefix(_SLOT): array for name, array in arrays.items() if name.startswith(_SLOT)}
+    learnt = {name.removeprefix(_PRIVACY): array for name, array in arrays.items() if name.startswith(_PRIVACY)}
     model = StrategyState(arrays["values"], slots, meta["num_steps"])
-    return ServerState(model, PrivacyState.from_text(meta["privacy_state"], arrays.get(_SCORES)))
+    return ServerState(model, join(PrivacyState, learnt, meta["privacy_state"], where="stored privacy state"))
 
 
 def replayed(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import from_text
 from fedlm.config.load import config_from_toml
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError, DataError
@@ -235,7 +236,7 @@ class _Case:
         return taken
 
     def _clipper(self, t: int) -> Clipper:
-        return Clipper.from_text(self.folder.release_record(t)["clipper"])
+        return from_text(Clipper, self.folder.release_record(t)["clipper"], where="clipper in the journal")
 
 
 def _notes(case: _Case, size: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlm.codec import from_text
 from fedlm.errors import DataError, OutputError
 from fedlm.privacy.compare import EPSILONS, Row, advice, compare
 from fedlm.privacy.terms import PrivacyTerms
@@ -50,13 +51,13 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
     """
     read_run(run)
     terms = _terms(run)
-    rule, epsilon = terms["mechanism"].participation, _target(terms)
+    rule, epsilon = terms.mechanism.participation, _target(terms)
     kept = rule.separation if rule.sampler == "separated" else 0
     rows = compare(
         population=rule.population,
         cohort=rule.cohort,
         rounds=rule.rounds,
-        delta=terms["delta"],
+        delta=terms.delta,
         epsilons=sorted({*(epsilons or EPSILONS), epsilon}),
         separation=separation or kept,
         max_vectors=max_vectors,
@@ -71,26 +72,26 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
     return found
 
 
-def _terms(run: Path) -> dict[str, Any]:
+def _terms(run: Path) -> PrivacyTerms:
     try:
-        terms = PrivacyTerms.parse((run / PLAN).read_text(encoding="utf-8"))
+        terms = from_text(PrivacyTerms, (run / PLAN).read_bytes(), where="stored privacy plan")
     except OSError as error:
         raise DataError(f"{run / PLAN} cannot be read: {error.strerror}; give the --out of a run") from error
-    if not terms["enabled"]:
+    if not terms.enabled:
         raise DataError(f"{run} ran without privacy, so there is no epsilon to compare at; give a private run")
     return terms
 
 
-def _target(terms: Mapping[str, Any]) -> float:
+def _target(terms: PrivacyTerms) -> float:
     """Return the budget, or what the noise costs where only its multiplier was given."""
-    spent: float = terms["mechanism"].epsilon(
-        noise_multiplier=terms["noise_multiplier"], num_releases=terms["rounds"], delta=terms["delta"]
+    spent: float = terms.mechanism.epsilon(
+        noise_multiplier=terms.noise_multiplier, num_releases=terms.rounds, delta=terms.delta
     )
-    return float(terms["epsilon_target"]) or spent
+    return float(terms.epsilon_target) or spent
 
 
-def _own(terms: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
-    z, mechanism = terms["noise_multiplier"], terms["mechanism"]
+def _own(terms: PrivacyTerms, epsilon: float) -> dict[str, Any]:
+    z, mechanism = terms.noise_multiplier, terms.mechanism
     return {
         "mechanism": mechanism.name,
         "epsilon": epsilon,

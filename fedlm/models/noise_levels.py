@@ -21,14 +21,13 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import coded
 from fedlm.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,6 +35,7 @@ KINDS = ("absolute", "per_frequency")
 ADAM_EPSILON = 1e-8
 
 
+@coded
 @dataclass(frozen=True, eq=False)
 class NoiseLevels:
     """The noise in a model's released weights, as the variance of a coordinate.
@@ -55,25 +55,6 @@ class NoiseLevels:
         everything = np.append(self.rows, list(self.weights.values()))
         if self.rows.ndim != 1 or not np.isfinite(everything).all() or (everything < 0).any():
             raise DataError("noise levels must be a vector of rows and numbers, finite and >= 0; check their source")
-
-    def to_bytes(self) -> bytes:
-        """Return the levels as the bytes of an .npz file."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, rows=self.rows, weights=np.array(json.dumps(dict(self.weights))))
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> NoiseLevels:
-        """Return what `to_bytes` wrote.
-
-        Raises:
-            DataError: The bytes are no noise levels.
-        """
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-                return cls(stored["rows"].astype(np.float32), json.loads(str(stored["weights"])))
-        except (ValueError, OSError, KeyError, EOFError) as error:
-            raise DataError(f"{len(data)} bytes that are no noise levels ({error}); write them anew") from None
 
 
 def step_variance(

@@ -7,16 +7,15 @@ data reaches it but through the noise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import coded
 from fedlm.config.schema import PrivacyConfig, RowsConfig
-from fedlm.errors import DataError
+from fedlm.errors import ConfigError
 from fedlm.privacy import allocation
 from fedlm.privacy.adaptive_clip import bit_share, next_clip_norm
 from fedlm.privacy.allocation import AllocationState
@@ -30,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 METRIC_SHARE = 0.1  # for each coordinate: its noise multiplier is ten times the update's
 
 
+@coded
 @dataclass(frozen=True, eq=False)
 class PrivacyState:
     """What is known after some releases: public.
@@ -44,26 +44,13 @@ class PrivacyState:
     allocation: AllocationState | None = None
     word_scores: Floats | None = None
 
-    def to_text(self) -> str:
-        """Return the state without its word scores, as JSON."""
-        allocated = self.allocation.to_fields() if self.allocation else None
-        return json.dumps({"clip_norm": self.clip_norm, "allocation": allocated})
-
-    @classmethod
-    def from_text(cls, text: str, word_scores: Floats | None) -> PrivacyState:
-        """Return the state that `to_text` described.
-
-        Raises:
-            DataError: Not such a text.
-        """
-        try:
-            fields = json.loads(text)
-            found = fields["allocation"]
-            return cls(fields["clip_norm"], AllocationState.from_fields(found) if found else None, word_scores)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"a stored privacy state cannot be read ({error}); restore the run folder") from error
+    def __post_init__(self) -> None:
+        """Check the clip norm."""
+        if not self.clip_norm > 0:
+            raise ConfigError(f"clip norm {self.clip_norm} must be > 0; restore the state")
 
 
+@coded
 @dataclass(frozen=True)
 class Adaptation:
     """The rule, from public numbers alone.
@@ -99,6 +86,13 @@ class Adaptation:
     selection_threshold: float = 0.0
     row_count: int = 0
     vocabulary_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what the rule is read by: its kind, and a bound for each metric."""
+        if self.allocation not in allocation.KINDS:
+            raise ConfigError(f"allocation {self.allocation!r} must be one of {', '.join(allocation.KINDS)}")
+        if len(self.metrics) != len(self.metric_bounds):
+            raise ConfigError(f"DP metrics {self.metrics} must have a bound each, not {self.metric_bounds}")
 
     @classmethod
     def create(
@@ -254,25 +248,6 @@ class Adaptation:
             shares=release.answers.get(GroupShares.name, nothing),
             adapts_scales=self.allocation == "adaptive",
         )
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return what `from_fields` needs, JSON-ready."""
-        return {name: getattr(self, name) for name in Adaptation.__dataclass_fields__}
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Adaptation:
-        """Return the rule that `to_fields` described.
-
-        Raises:
-            DataError: Other fields than it has.
-        """
-        try:
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-            for name in ("moments", "importance"):
-                values[name] = tuple((str(kind), float(value)) for kind, value in values[name])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"stored adaptation cannot be read ({error}); it is of another version of fedlm") from error
 
 
 def _bound(name: str, config: PrivacyConfig) -> float:

@@ -19,15 +19,16 @@ bounds [1/30, 30], one group for each kind of block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.errors import DataError
+from fedlm.codec import coded
+from fedlm.errors import ConfigError
 from fedlm.privacy.geometry import Geometry
+from fedlm.privacy.ranges import require_count
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 KINDS = ("isotropic", "public", "adaptive", "per_group", "published")
@@ -44,6 +45,7 @@ _LEAST_MOMENT = 1e-4  # of the energy: noise can make a share zero or negative
 Floats = npt.NDArray[np.float64]
 
 
+@coded
 @dataclass(frozen=True)
 class AllocationState:
     """What the allocation knows after some releases: public, small, stored with every checkpoint.
@@ -61,6 +63,13 @@ class AllocationState:
     sensitivity: tuple[float, ...]
     uncertainty: tuple[float, ...]
     num_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that every group has its figures."""
+        lengths = {len(values) for values in (self.scales, self.moments, self.sensitivity, self.uncertainty)}
+        if len(lengths) != 1:
+            raise ConfigError(f"allocation {self} must have one figure of each kind for every group")
+        require_count("rounds of the allocation", self.num_rounds)
 
     @classmethod
     def start(
@@ -88,23 +97,6 @@ class AllocationState:
             return np.ones(len(product))
         product = np.maximum(product, product.max() * _LEAST_IMPORTANCE)
         return np.asarray(product / product.mean())
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return what `from_fields` needs, JSON-ready."""
-        return {name: getattr(self, name) for name in AllocationState.__dataclass_fields__}
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> AllocationState:
-        """Return the state that `to_fields` described.
-
-        Raises:
-            DataError: Other fields than it has.
-        """
-        try:
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-            return cls(**values)
-        except TypeError as error:
-            raise DataError(f"a stored allocation cannot be read ({error}); restore the run folder") from error
 
 
 def groups_of(spec: UpdateSpec) -> tuple[str, ...]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fedlm.errors import ConfigError, DataError
+from fedlm.codec import coded
+from fedlm.errors import ConfigError
 from fedlm.privacy.fixed_point import CAPACITY, CAPACITY_UNCLIPPED, UNITS
 from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.ranges import require_number
-from fedlm.privacy.riders import Rider, rider_from_fields, update_share
+from fedlm.privacy.riders import Rider, update_share
 from fedlm.privacy.skellam import Skellam
 
 if TYPE_CHECKING:
     from fedlm.privacy.clipping import ClippedSum
 
 
+@coded
 @dataclass(frozen=True)
 class Clipper:
     """The part of a plan that a node gets: it can clip and sum, and knows neither seed nor noise.
@@ -56,31 +57,6 @@ class Clipper:
     def num_answers(self) -> int:
         """Q: coordinates of all riders' answers."""
         return sum(rider.size for rider in self.riders)
-
-    def to_text(self) -> str:
-        """Return this clipper as text, for the message that asks a node to train."""
-        geometry = self.geometry.to_fields() if self.geometry else None
-        riders = [rider.to_fields() for rider in self.riders]
-        encoder = self.encoder.to_fields() if self.encoder else None
-        return json.dumps({"clip_norm": self.clip_norm, "geometry": geometry, "riders": riders, "encoder": encoder})
-
-    @classmethod
-    def from_text(cls, text: str) -> Clipper:
-        """Return the clipper that `to_text` described, equal to it.
-
-        Raises:
-            DataError: Not such a text.
-            ConfigError: Values out of range.
-        """
-        try:
-            fields = json.loads(text)
-            clip_norm, geometry, riders, encoder = (fields[k] for k in ("clip_norm", "geometry", "riders", "encoder"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"a clipper cannot be read ({error}); server and node are of different versions") from error
-        found, design = Geometry.from_fields(geometry) if geometry else None, None
-        if encoder:
-            design = Skellam.from_fields(encoder)
-        return cls(clip_norm, found, tuple(rider_from_fields(rider) for rider in riders), design)
 
     @property
     def unit(self) -> float:

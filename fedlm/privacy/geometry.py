@@ -15,14 +15,14 @@ least one, so that the accounted noise is the least that any coordinate gets.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.errors import ConfigError, DataError
+from fedlm.codec import coded
+from fedlm.errors import ConfigError
 from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import Vector
 
@@ -32,6 +32,7 @@ _ROUNDING = 1e-9
 Floats = npt.NDArray[np.float64]
 
 
+@coded
 @dataclass(frozen=True)
 class Geometry:
     """Scales, bounds and noise of the groups of an update vector.
@@ -113,24 +114,6 @@ class Geometry:
         if not self.noise:
             return [(0, self.size, 1.0)]
         return [(start, stop, self.noise[group]) for start, stop, group in self.spans]
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return what `from_fields` needs, JSON-ready."""
-        return {"spans": self.spans, "scales": self.scales, "limits": self.limits, "noise": self.noise}
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Geometry:
-        """Return the geometry that `to_fields` described.
-
-        Raises:
-            DataError: Other fields than it has.
-        """
-        try:
-            spans = tuple((int(start), int(stop), int(group)) for start, stop, group in fields["spans"])
-            rest = (tuple(float(value) for value in fields[name]) for name in ("scales", "limits", "noise"))
-            return cls(spans, *rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"a stored geometry cannot be read ({error}); it is of another version of fedlm") from error
 
     def _split(self, part: Part) -> list[tuple[Part, int]]:
         """Return a part as parts of one group each; rows belong to one block, a run may cross several."""

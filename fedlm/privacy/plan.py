@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from threading import Lock
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import from_text
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import accounting, cohorts
@@ -216,9 +217,10 @@ class PrivacyPlan(PrivacyTerms):
             ConfigError: A number out of range.
             BudgetExceededError: Its noise does not keep its own budget.
         """
-        fields = cls.parse(text)
-        key = CohortKey.reproducible(seed) if fields["reproducible_cohorts"] else cohort_key
-        return cls(**fields, seed=seed, cohort_key=key, _token=_TOKEN)._within_budget()
+        terms = from_text(PrivacyTerms, text, where="stored privacy plan")
+        stored = {item.name: getattr(terms, item.name) for item in fields(terms)}
+        key = CohortKey.reproducible(seed) if terms.reproducible_cohorts else cohort_key
+        return cls(**stored, seed=seed, cohort_key=key, _token=_TOKEN)._within_budget()
 
     def first_state(self, spec: UpdateSpec) -> PrivacyState:
         """Return what is known before round 1; `spec` is any round's."""

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.errors import DataError
+from fedlm.codec import coded, union
+from fedlm.errors import ConfigError
+from fedlm.privacy.ranges import require_count, require_number
 
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.int64]
@@ -62,6 +64,7 @@ class Observation:
     facts: Facts
 
 
+@union
 @dataclass(frozen=True)
 class Rider(ABC):
     """One query.
@@ -87,11 +90,8 @@ class Rider(ABC):
     def answer(self, seen: Observation) -> Floats:
         """Return one device's answer (size,); the sum clips it to `bound` whatever it is."""
 
-    def to_fields(self) -> dict[str, Any]:
-        """Return what `rider_from_fields` needs, JSON-ready."""
-        return {"rider": self.name, **asdict(self)}
 
-
+@coded
 @dataclass(frozen=True)
 class ClipBit(Rider):
     """Whether the update was below the clip norm, less the wanted quantile (Andrew et al. 2021, 1905.03871).
@@ -105,6 +105,10 @@ class ClipBit(Rider):
 
     quantile: float
     name: ClassVar[str] = "clip_bit"
+
+    def __post_init__(self) -> None:
+        """Check the quantile."""
+        require_number("quantile of the clip bit", self.quantile, above=0, below=1)
 
     @property
     def size(self) -> int:
@@ -121,6 +125,7 @@ class ClipBit(Rider):
         return np.array([float(seen.norm <= seen.clip_norm) - self.quantile])
 
 
+@coded
 @dataclass(frozen=True)
 class GroupShares(Rider):
     """f_g = |y_g|^2 / |y|^2, which sums to one, so its L2 norm is at most one.
@@ -131,6 +136,10 @@ class GroupShares(Rider):
 
     num_groups: int
     name: ClassVar[str] = "group_shares"
+
+    def __post_init__(self) -> None:
+        """Check the number of groups."""
+        require_count("groups of the shares", self.num_groups, low=1)
 
     @property
     def size(self) -> int:
@@ -148,6 +157,7 @@ class GroupShares(Rider):
         return seen.group_squares / total if total > 0 else np.zeros(self.num_groups)
 
 
+@coded
 @dataclass(frozen=True)
 class WordMap(Rider):
     """Which words a device has, each with weight 1 / sqrt(number of them): the contribution map of DP row selection.
@@ -158,6 +168,10 @@ class WordMap(Rider):
 
     vocabulary_size: int
     name: ClassVar[str] = "word_map"
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        require_count("words of the word map", self.vocabulary_size, low=1)
 
     @property
     def size(self) -> int:
@@ -178,6 +192,7 @@ class WordMap(Rider):
         return found
 
 
+@coded
 @dataclass(frozen=True)
 class DPMetrics(Rider):
     """Metrics that leave a device, each clipped to [0, bound], and a one to count devices by.
@@ -190,6 +205,15 @@ class DPMetrics(Rider):
     names: tuple[str, ...]
     bounds: tuple[float, ...]
     name: ClassVar[str] = "metrics"
+
+    def __post_init__(self) -> None:
+        """Check names and bounds."""
+        if len(self.names) != len(self.bounds) or not METRICS.keys() >= set(self.names):
+            raise ConfigError(
+                f"DP metrics {self.names} with bounds {self.bounds} must be of {', '.join(METRICS)}, a bound for each"
+            )
+        for name, bound in zip(self.names, self.bounds, strict=True):
+            require_number(f"bound of the DP metric {name}", bound, above=0)
 
     @property
     def size(self) -> int:
@@ -223,21 +247,6 @@ METRICS: dict[str, Callable[[Observation], float]] = {
     "clip_fraction": lambda seen: float(seen.norm > seen.clip_norm),
 }
 """What a DP metric can be."""
-
-_RIDERS: dict[str, type[Rider]] = {kind.name: kind for kind in (ClipBit, GroupShares, WordMap, DPMetrics)}
-
-
-def rider_from_fields(fields: Mapping[str, Any]) -> Rider:
-    """Return the rider that `Rider.to_fields` described.
-
-    Raises:
-        DataError: No such rider, or other fields than it has.
-    """
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    try:
-        return _RIDERS[values.pop("rider")](**values)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"stored privacy query {dict(fields)} is of another version of fedlm ({error})") from error
 
 
 def answer_units(rider: Rider, seen: Observation, clip_norm: float) -> Floats:

@@ -22,17 +22,18 @@ A device sends `bits` a coordinate, of which there are `padded_size`.
 from __future__ import annotations
 
 import math
+import re
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from randomgen import AESCounter
 
+from fedlm.codec import coded
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import rdp
 from fedlm.privacy.fixed_point import FRACTION_BITS, IntVector
@@ -47,6 +48,7 @@ _ROUNDING = 4.0  # a rounding breaks the norm bound with probability below e^-4
 _MAX_BLOCK = 2**14
 # Beyond, the acceptance test of numpy's Poisson sampler feels the rounding of fp64.
 _MAX_STD = 2.0**18
+_KEY = re.compile("([0-9a-f]{32})?")
 LEAST_NOISE = 2.0**-4
 # Cohorts beyond `max_devices` are cut; that they are not Poisson then is paid from delta.
 _CUT_SHARE = 1e-9
@@ -73,6 +75,7 @@ def skellam_curve(l2_squared: int, l1: int, variance: float) -> rdp.Curve:
     return rdp.ORDERS * l2_squared / (2 * variance) + second
 
 
+@coded
 @dataclass(frozen=True)
 class Skellam:
     """A design: public numbers that devices, server and accountant share; made by `create`.
@@ -121,23 +124,8 @@ class Skellam:
         require_count("max_participations", self.max_participations, low=1, high=self.rounds)
         z, most = self.noise_multiplier, _MAX_STD / 2**self.grid_bits
         require_number("noise_multiplier", z, low=LEAST_NOISE, high=most, fix="choose grid_bits for it")
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all numbers, JSON-ready."""
-        return asdict(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Skellam:
-        """Return the design that `to_fields` described.
-
-        Raises:
-            DataError: Not such fields.
-            ConfigError: A number out of range.
-        """
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise DataError(f"a Skellam design cannot be read ({error}); it is of another version of fedlm") from error
+        if not _KEY.fullmatch(self.debug_key):
+            raise ConfigError(f"debug_key of {len(self.debug_key)} characters must be empty or 32 hexadecimal digits")
 
     @classmethod
     def create(

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
-from fedlm.errors import DataError
+from fedlm.codec import coded, to_text
 from fedlm.privacy.adaptation import Adaptation
-from fedlm.privacy.mechanisms import from_fields
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 
-_PLAIN: dict[str, type] = {
-    "enabled": bool,
-    "noise_multiplier": float,
-    "epsilon_target": float,
-    "rounds": int,
-    "delta": float,
-    "population": int,
-    "expected_cohort": int,
-    "fleet_size": int,
-    "cohort": int,
-    "reproducible_noise": bool,
-    "reproducible_cohorts": bool,
-}
 
-
+@coded
 @dataclass(frozen=True)
 class PrivacyTerms:
     """The public numbers of a plan, as they are stored.
@@ -63,30 +48,7 @@ class PrivacyTerms:
 
     def to_json(self) -> str:
         """Return these numbers as text, to be stored with a run; no infinities and no secret in it."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
-        nested = {"mechanism": self.mechanism.to_fields(), "adaptation": self.adaptation.to_fields()}
-        return json.dumps(values | nested, indent=1, allow_nan=False)
-
-    @staticmethod
-    def parse(text: str) -> dict[str, Any]:
-        """Return the fields that `to_json` stored, with their types checked.
-
-        Raises:
-            DataError: Not such a text.
-        """
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"stored privacy plan is not JSON ({error}); restore the run folder") from error
-        wanted = PrivacyTerms.__dataclass_fields__.keys()
-        if not isinstance(fields, dict) or fields.keys() != wanted:
-            found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise DataError(f"stored privacy plan has {found}; it is of another version of fedlm")
-        for name, kind in (*_PLAIN.items(), ("mechanism", dict), ("adaptation", dict)):
-            if type(fields[name]) is not kind:
-                raise DataError(f"stored privacy plan has {name} = {fields[name]!r}, must be of type {kind.__name__}")
-        mechanism, adaptation = from_fields(fields["mechanism"]), Adaptation.from_fields(fields["adaptation"])
-        return fields | {"mechanism": mechanism, "adaptation": adaptation}
+        return to_text(self, PrivacyTerms, indent=1)
 
     @property
     def clip_norm(self) -> float:
@@ -170,7 +132,7 @@ class PrivacyTerms:
         """
         if not self.enabled or self.reproducible_noise:
             return math.inf
-        real = from_fields(self.mechanism.to_fields() | {"participation": asdict(self.fleet_rule)})
+        real: Mechanism = replace(cast(Any, self.mechanism), participation=self.fleet_rule)
         if self.reproducible_cohorts if cohorts_known is None else cohorts_known:
             real = real.with_known_cohorts()
         noise = self.noise_multiplier * self.cohort / self.expected_cohort

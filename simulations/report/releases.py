@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import fsum, sqrt
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import from_text
 from fedlm.errors import DataError
+from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.mechanisms import toeplitz
 from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Mechanism
@@ -47,17 +47,17 @@ def noise_norms(record: RunRecord) -> dict[int, float]:
     Empty where the files do not tell: without privacy, with a row set that was chosen on the way, with the allocation
     as published, whose noise follows unwritten figures, with tree noise, and for a plan of another version.
     """
-    terms: dict[str, Any] = {}
+    terms: PrivacyTerms | None = None
     with suppress(DataError):  # a report must not fail for a plan that only a chart would have used
-        terms = PrivacyTerms.parse(record.plan_text)
+        terms = from_text(PrivacyTerms, record.plan_text, where="stored privacy plan")
     blocks = record.start.get("blocks") or []
-    if not terms or not terms["enabled"] or not blocks:
+    if not terms or not terms.enabled or not blocks:
         return {}
-    adaptation = terms["adaptation"]
+    adaptation = terms.adaptation
     if adaptation.selection_rounds or adaptation.allocation == "published":
         return {}
     spec = UpdateSpec.build([(block["name"], block["kind"], (int(block["bytes"]) // 4,)) for block in blocks])
-    grown = _growth(terms["mechanism"])
+    grown = _growth(terms.mechanism)
     if grown is None:
         return {}
     rounds = [line for line in record.trained_rounds if line["round"] <= len(grown)]
@@ -72,21 +72,19 @@ def _growth(mechanism: Mechanism) -> npt.NDArray[np.float64] | None:
     return np.ones(rounds) if mechanism.name in ("gaussian", "local") else None
 
 
-def _noise_norm(line: Record, terms: Mapping[str, Any], spec: UpdateSpec) -> float:
+def _noise_norm(line: Record, terms: PrivacyTerms, spec: UpdateSpec) -> float:
     """Return the norm of a round's own draw: z C / (a_0 n) in each coordinate, times its group's scale."""
-    adaptation, cohort = terms["adaptation"], terms["expected_cohort"]
+    adaptation, cohort = terms.adaptation, terms.expected_cohort
     state = adaptation.first_state(spec)
     state = replace(state, clip_norm=number(line, "clip_norm") or state.clip_norm)
     if state.allocation and line.get("scales"):
         state = replace(state, allocation=replace(state.allocation, scales=tuple(line["scales"])))
     clipper = adaptation.clipper(state, spec, line["round"])
-    spans, scales = ((0, spec.size, 0),), (1.0,)
-    if clipper.geometry:
-        spans, scales = clipper.geometry.spans, clipper.geometry.scales
-    squares = fsum((stop - start) * scales[group] ** 2 for start, stop, group in spans)
-    reports = (number(line, "devices") or 0.0) * cohort / terms["cohort"]
-    std = terms["noise_multiplier"] * clipper.clip_norm / (cohort * clipper.update_share)
-    return float(std * sqrt(squares) * terms["mechanism"].noise_growth(reports))
+    geometry = clipper.geometry or Geometry(((0, spec.size, 0),), (1.0,))
+    squares = fsum((stop - start) * geometry.scales[group] ** 2 for start, stop, group in geometry.spans)
+    reports = (number(line, "devices") or 0.0) * cohort / terms.cohort
+    std = terms.noise_multiplier * clipper.clip_norm / (cohort * clipper.update_share)
+    return float(std * sqrt(squares) * terms.mechanism.noise_growth(reports))
 
 
 def _signal(record: RunRecord) -> list[Markup]:

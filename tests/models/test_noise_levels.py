@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlm.codec import from_text, to_text
 from fedlm.errors import DataError
 from fedlm.models.noise_levels import (
     NoiseLevels,
@@ -83,11 +84,11 @@ def test_user_level_absolute_rows_are_those_of_simulated_rounds() -> None:
 
 def test_levels_survive_storage_and_refuse_nonsense() -> None:
     levels = NoiseLevels(np.array([0.5, 0.0], np.float32), {"a.weight": 1e-9})
-    back = NoiseLevels.from_bytes(levels.to_bytes())
+    back = from_text(NoiseLevels, to_text(levels), where="stored noise levels")
     assert back.rows.tolist() == [0.5, 0.0]
     assert back.weights == levels.weights
     for rows, weights in (([-1.0], {}), ([np.nan], {}), ([1.0], {"a": -1.0}), ([[1.0]], {})):
         with pytest.raises(DataError, match="noise levels must be"):
             NoiseLevels(np.array(rows, np.float32), weights)
-    with pytest.raises(DataError, match="no noise levels"):
-        NoiseLevels.from_bytes(b"nothing")
+    with pytest.raises(DataError, match="stored noise levels is not JSON"):
+        from_text(NoiseLevels, b"nothing", where="stored noise levels")

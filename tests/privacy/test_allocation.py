@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlm.codec import decode, from_text, to_text
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import DataError
 from fedlm.privacy.adaptation import Adaptation, PrivacyState
@@ -150,13 +150,13 @@ def test_the_same_releases_make_the_same_state_bit_for_bit_through_storage() -> 
     for _ in range(5):
         mean = release(one, np.array([0.1, 0.2, 0.3]), rng)
         one = advance(one, mean, values, np.array([0.5, 0.4, 0.1]))
-        stored = json.loads(json.dumps(other.to_fields()))
-        other = advance(AllocationState.from_fields(stored), mean.copy(), values, np.array([0.5, 0.4, 0.1]))
+        other = from_text(AllocationState, to_text(other), where="stored allocation")
+        other = advance(other, mean.copy(), values, np.array([0.5, 0.4, 0.1]))
     assert one == other
     assert one.num_rounds == 5
     assert one.scales != start().scales
     with pytest.raises(DataError, match="stored allocation"):
-        AllocationState.from_fields({"scales": [1.0]})
+        decode(AllocationState, {"scales": [1.0]}, where="stored allocation")
 
 
 def test_noise_is_subtracted_before_it_counts_as_sensitivity() -> None:
@@ -241,11 +241,11 @@ def test_a_private_state_is_a_function_of_releases_through_storage() -> None:
         answers = {"clip_bit": rng.normal(0.2, 0.05, 1), "group_shares": rng.normal(1 / 3, 0.05, GROUPS)}
         release = Release(SPEC, rng.standard_normal(SPEC.size).astype(np.float32), answers, NOISE)
         one = adaptation.next(one, release, clipper=adaptation.clipper(one, SPEC, number), values=values)
-        restored = Adaptation.from_fields(json.loads(json.dumps(adaptation.to_fields())))
-        other = PrivacyState.from_text(other.to_text(), None)
+        restored = from_text(Adaptation, to_text(adaptation), where="stored rule")
+        other = from_text(PrivacyState, to_text(other), where="stored state")
         clipper = restored.clipper(other, SPEC, number)
         other = restored.next(other, release, clipper=clipper, values=values)
-    assert one.to_text() == other.to_text()
+    assert to_text(one) == to_text(other)
     assert one.clip_norm < 1.0, "more updates within the clip norm than wanted: it falls"
 
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlm.codec import from_text, to_text
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import Clipper, PrivacyPlan
 from fedlm.privacy.geometry import Geometry
-from fedlm.privacy.riders import ClipBit, DPMetrics, Facts, GroupShares, WordMap, rider_from_fields
+from fedlm.privacy.riders import ClipBit, DPMetrics, Facts, GroupShares, Rider, WordMap
 from fedlm.trainable.parts import Part
 
 UNITS = 2**40
@@ -131,12 +132,12 @@ def test_clippers_travel_as_text() -> None:
         Clipper(0.1),
         Clipper(1 / 3, Geometry(SPANS, (0.1, 1 / 3, 7.0), (0.5, 0.5, 0.5), (1.0, 2.0, 3.0)), riders()),
     ):
-        assert Clipper.from_text(clipper.to_text()) == clipper
+        assert from_text(Clipper, to_text(clipper), where="sent clipper") == clipper
     for rider in riders():
-        assert rider_from_fields(rider.to_fields()) == rider
+        assert from_text(Rider, to_text(rider, Rider), where="sent query") == rider
     for text in ("", "{}", "[1]", '{"clip_norm": 1, "geometry": {"spans": 3}, "riders": []}'):
         with pytest.raises(DataError):
-            Clipper.from_text(text)
+            from_text(Clipper, text, where="sent clipper")
 
 
 def test_riders_may_not_take_more_than_half() -> None:

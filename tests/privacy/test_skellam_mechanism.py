@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from fedlm.codec import decode, encode, from_text, to_text
 from fedlm.config.load import load_config
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import Clipper, PrivacyPlan, accounting
 from fedlm.privacy.cohort_key import CohortKey
-from fedlm.privacy.mechanisms import Participation, create, from_fields
+from fedlm.privacy.mechanisms import Mechanism, Participation, create
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.riders import ClipBit
 from fedlm.randomness import seed_key, stream
@@ -66,7 +67,7 @@ def test_epsilon_is_that_of_the_gaussian_from_above(sampler: str) -> None:
     assert made.epsilon(noise_multiplier=1.5, num_releases=0, delta=DELTA) == 0
     z = made.noise_multiplier(epsilon=6.0, delta=DELTA)
     assert 6 * 0.99 < made.epsilon(noise_multiplier=z, num_releases=30, delta=DELTA) <= 6
-    assert from_fields(json.loads(json.dumps(made.to_fields()))) == made
+    assert from_text(Mechanism, to_text(made, Mechanism), where="stored") == made
 
 
 def test_unsampled_participation_is_accounted_as_the_ledger_saw_it() -> None:
@@ -98,7 +99,7 @@ def test_every_grouping_of_the_devices_gives_the_bits_of_one_modular_sum() -> No
     plan = plan_with(reproducible_noise=True)
     clipper = plan.new_sum(SIZE).clipper
     assert clipper.encoder is not None
-    assert Clipper.from_text(clipper.to_text()) == clipper
+    assert from_text(Clipper, to_text(clipper), where="sent") == clipper
     whole, parts = clipper.new_sum(SIZE), [clipper.new_sum(SIZE) for _ in range(3)]
     expected = np.zeros(clipper.encoder.padded_size, np.uint64)
     for device in range(7):
@@ -185,14 +186,15 @@ def test_sums_that_are_not_this_plans_encodings_are_refused() -> None:
         clipper.new_sum(SIZE).add_many(update(1)[np.newaxis])
     with pytest.raises(ConfigError, match="the encoder is for 3,000 coordinates"):
         clipper.new_sum(SIZE - 1)
-    text = json.loads(clipper.to_text())
-    for change, error in (
-        ({"grid_bits": 3}, ConfigError),
-        ({"noise_multiplier": 1e-3}, ConfigError),
-        ({"x": 1}, DataError),
+    sent = encode(clipper)
+    for change, says in (
+        ({"grid_bits": 3}, "encoder: grid_bits = 3 must be"),
+        ({"noise_multiplier": 1e-3}, r"encoder: noise_multiplier = 0\.001 must be"),
+        ({"debug_key": "0x"}, "encoder: debug_key of 2 characters"),
+        ({"x": 1}, "encoder has unknown 'x'"),
     ):
-        with pytest.raises(error):
-            Clipper.from_text(json.dumps(text | {"encoder": text["encoder"] | change}))
+        with pytest.raises(DataError, match=f"sent clipper: {says}"):
+            decode(Clipper, sent | {"encoder": sent["encoder"] | change}, where="sent clipper")
 
 
 def test_plans_without_a_bound_or_with_mimicked_fleets_are_refused() -> None:

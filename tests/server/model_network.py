@@ -11,6 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients.partial_sum import KeptSum
+from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
 from fedlm.privacy.clipper import Clipper
@@ -35,7 +36,7 @@ def update_of(device: int) -> np.ndarray:
 def requests_for(num_pieces: int) -> list[TrainRequest]:
     """Pieces of one to three devices each."""
     devices = [np.arange(3 * i, 3 * i + 1 + i % 3) for i in range(num_pieces)]
-    return [TrainRequest(d, np.array([len(d)]), Clipper(CLIP_NORM).to_text()) for d in devices]
+    return [TrainRequest(d, np.array([len(d)]), to_text(Clipper(CLIP_NORM))) for d in devices]
 
 
 class Clock:
@@ -146,7 +147,7 @@ class Result:
 
     def take(self, partial: PartialSum) -> None:
         fields = {"clip_norm": CLIP_NORM, "num_devices": partial.num_devices}
-        self.total.add_sum(Clipper(CLIP_NORM).sum_from_arrays(partial.total, fields))
+        self.total.add_arrays(partial.total, fields)
         self.counted += partial.pieces.tolist()
 
     def assert_exact(self) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from clients.host import DeviceHost
 from clients.partial_sum import KeptSum
+from fedlm.codec import to_text
 from fedlm.config.schema import Config
 from fedlm.errors import WorkerError
 from fedlm.experiment import Experiment
@@ -85,8 +86,8 @@ def test_without_diagnostics_a_failing_group_tells_its_kind_alone(
 
 def train_on(host: DeviceHost, devices: np.ndarray) -> tuple[TrainReply, np.ndarray]:
     """One group on one host: its reply and the exact sum."""
-    nothing = Broadcast("run", 0, 0, EMPTY_IDS, EMPTY_VECTOR, np.arange(300), round_key(1, 1), 0.0)
-    request = TrainRequest(devices, np.array([len(devices)]), Clipper(0.3).to_text(), sum_name="a")
+    nothing = Broadcast("run", 0, 0, [], EMPTY_IDS, EMPTY_VECTOR, [], [], np.arange(300), round_key(1, 1), 0.0)
+    request = TrainRequest(devices, np.array([len(devices)]), to_text(Clipper(0.3)), sum_name="a")
     kept = KeptSum()
     return host.train(nothing, request, kept), kept.flush("a").total
 

@@ -13,8 +13,10 @@ from safetensors.numpy import load_file
 from scipy import stats
 from tiny_private_runs import TINY, StoppedError, final, lines, quiet, stop_in
 
+from fedlm.codec import decode
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError, DataError, OutputError
+from fedlm.privacy.mechanisms import Mechanism
 from server.noise_keys import NoiseKeys
 from server.run_folder import RunFolder
 from simulations.run import resume, simulate
@@ -123,9 +125,7 @@ def test_correlated_noise_goes_on_after_a_crash_between_key_and_release(
 
 
 def _matrix(fields: dict[str, Any]) -> Any:
-    from fedlm.privacy.mechanisms import from_fields
-
-    column = from_fields(fields).column  # type: ignore[attr-defined]
+    column = decode(Mechanism, fields, where="stored mechanism").column  # type: ignore[attr-defined]
     matrix = np.zeros((5, 5))
     for t in range(5):
         matrix[t, : t + 1] = column[: t + 1][::-1]

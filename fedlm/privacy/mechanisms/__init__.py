@@ -1,4 +1,4 @@
-"""Mechanisms of noise, one file each: `create` makes one for a participation rule, `from_fields` restores a stored one.
+"""Mechanisms of noise, one file each: `create` makes one for a participation rule, `fedlm.codec` restores a stored one.
 
 mechanism   samplers, the default first                       a round's noise needs
 gaussian    poisson, truncated_poisson, fixed, separated      nothing else
@@ -11,11 +11,9 @@ skellam     poisson, fixed, separated                         devices that add i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from fedlm.errors import ConfigError, DataError
+from fedlm.errors import ConfigError
 from fedlm.privacy.mechanisms.banded import Banded, best_band
 from fedlm.privacy.mechanisms.base import Mechanism, Participation, RoundNoise
 from fedlm.privacy.mechanisms.blt import Blt
@@ -25,7 +23,7 @@ from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.mechanisms.tree import Tree
 from fedlm.privacy.ranges import require_count, require_number
 
-__all__ = ["NAMES", "SAMPLERS", "Mechanism", "Participation", "RoundNoise", "create", "from_fields"]
+__all__ = ["NAMES", "SAMPLERS", "Mechanism", "Participation", "RoundNoise", "create"]
 
 _CLASSES: dict[str, type[Gaussian | Blt | Banded | Tree | Local]] = {
     kind.name: kind for kind in (Gaussian, Blt, Banded, Tree, Local)
@@ -84,22 +82,6 @@ def create(
         )
     kinds: dict[str, type[Gaussian | Tree | Local]] = {"gaussian": Gaussian, "tree": Tree, "local": Local}
     return kinds[name](participation)
-
-
-def from_fields(fields: Mapping[str, Any]) -> Mechanism:
-    """Return the mechanism that `Mechanism.to_fields` described; nothing is optimised or calibrated again.
-
-    Raises:
-        DataError: Not such fields, or a field missing, of a wrong type or out of range.
-    """
-    name = fields.get("name")
-    if name == DistributedSkellam.name:
-        return DistributedSkellam.from_fields(fields)
-    if not isinstance(name, str) or name not in NAMES:
-        raise DataError(
-            f"stored mechanism {name!r} is not one of {', '.join(SAMPLERS)}; it is of another version of fedlm"
-        )
-    return _CLASSES[name].from_fields(fields)
 
 
 def _classes_open(rule: Participation) -> bool:

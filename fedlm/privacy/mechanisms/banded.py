@@ -15,17 +15,17 @@ sends nothing for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from fedlm.codec import coded
 from fedlm.privacy import accounting
 from fedlm.privacy.mechanisms import toeplitz
 from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
-from fedlm.privacy.mechanisms.fields import describe, rebuild
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -33,6 +33,7 @@ from fedlm.privacy.noise import NoiseStream
 from fedlm.privacy.ranges import require_count
 
 
+@coded
 @dataclass(frozen=True)
 class Banded(Unsampled):
     """Banded square root noise; see the module.
@@ -150,15 +151,6 @@ class Banded(Unsampled):
         """Return the noise of a run, with b - 1 vectors of `size` fp64 numbers."""
         inverse = toeplitz.inverse_column(self.column[: self.bands], self.participation.rounds)
         return BandedNoise(size, self.column[: self.bands], gain=float(np.abs(inverse).sum()))
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers."""
-        return describe(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Banded:
-        """Return the mechanism that `to_fields` described."""
-        return rebuild(cls, fields)
 
     def _column_norm(self, num_releases: int) -> float:
         return float(np.linalg.norm(self.column[:num_releases]))

@@ -10,18 +10,19 @@ A mechanism is frozen and made of public numbers alone. It knows neither seed, c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import coded, union
 from fedlm.privacy.noise import NoiseStream
 
 Floats = npt.NDArray[np.float64]
 
 
+@coded
 @dataclass(frozen=True)
 class Participation:
     """Who can be in which cohort: what the sampler does and the accountant assumes.
@@ -76,6 +77,7 @@ class RoundNoise(Protocol):
         ...
 
 
+@union
 class Mechanism(ABC):
     """Correlation, sensitivity and accounting of T releases; subclasses are frozen dataclasses of public numbers.
 
@@ -138,17 +140,4 @@ class Mechanism(ABC):
             noise_multiplier, num_releases, delta: As for `epsilon`.
             separation: The least distance in rounds between two participations of any user; T if nobody came twice.
             max_participations: The most rounds that any user was in.
-        """
-
-    @abstractmethod
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers, JSON-ready, "name" among them; `mechanisms.from_fields` inverts it."""
-
-    @classmethod
-    @abstractmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Mechanism:
-        """Return the mechanism that `to_fields` described, without optimising anything again.
-
-        Raises:
-            DataError: A field is missing, of a wrong type or out of range.
         """

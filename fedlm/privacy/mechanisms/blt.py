@@ -17,17 +17,16 @@ under the participation rule. They are stored with a run. A device sends nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from fedlm.codec import coded
 from fedlm.errors import ConfigError
 from fedlm.privacy.mechanisms import toeplitz
 from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
-from fedlm.privacy.mechanisms.fields import describe, rebuild
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -39,6 +38,7 @@ MAX_BUFFERS = 4
 _LEAST_GAP, _MOST_GAP = 1e-3, 20.0
 
 
+@coded
 @dataclass(frozen=True)
 class Blt(Unsampled):
     """Buffered linear Toeplitz noise; made by `optimised`.
@@ -117,15 +117,6 @@ class Blt(Unsampled):
     def new_noise(self, size: int) -> RoundNoise:
         """Return the noise of a run, with d buffers of `size` fp64 numbers."""
         return BltNoise(size, np.array(self.poles), np.array(self.zeros))
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers."""
-        return describe(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Blt:
-        """Return the mechanism that `to_fields` described; nothing is optimised again."""
-        return rebuild(cls, fields)
 
 
 class BltNoise(StreamedNoise):

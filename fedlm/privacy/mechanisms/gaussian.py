@@ -13,19 +13,19 @@ Exact: the unsampled law. From above: the sampled ones. A device sends nothing f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from fedlm.codec import coded
 from fedlm.privacy import accounting
 from fedlm.privacy.mechanisms.base import Participation, RoundNoise
-from fedlm.privacy.mechanisms.fields import describe, rebuild
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import IndependentNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
 from fedlm.privacy.ranges import require_count
 
 
+@coded
 @dataclass(frozen=True)
 class Gaussian(Unsampled):
     """Independent noise; see the module.
@@ -121,15 +121,6 @@ class Gaussian(Unsampled):
     def new_noise(self, size: int) -> RoundNoise:
         """Return noise without memory."""
         return IndependentNoise()
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers."""
-        return describe(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Gaussian:
-        """Return the mechanism that `to_fields` described."""
-        return rebuild(cls, fields)
 
     @property
     def _truncated(self) -> dict[str, int]:

@@ -13,12 +13,11 @@ has the same law. A device sends its whole noised update: no secure sum, no comp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from fedlm.codec import coded
 from fedlm.privacy.mechanisms.base import Participation, RoundNoise
-from fedlm.privacy.mechanisms.fields import describe, rebuild
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import IndependentNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -26,6 +25,7 @@ from fedlm.privacy.mechanisms.unsampled import Unsampled
 _SENSITIVITY = 2.0
 
 
+@coded
 @dataclass(frozen=True)
 class Local(Unsampled):
     """Local differential privacy; see the module.
@@ -79,12 +79,3 @@ class Local(Unsampled):
     def new_noise(self, size: int) -> RoundNoise:
         """Return noise without memory; what it adds is to be multiplied by `noise_growth`."""
         return IndependentNoise()
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers."""
-        return describe(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Local:
-        """Return the mechanism that `to_fields` described."""
-        return rebuild(cls, fields)

@@ -11,21 +11,21 @@ From above: everything, by Renyi divergences (`fedlm.privacy.rdp`). A device sen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
+from fedlm.codec import coded
 from fedlm.errors import ConfigError
 from fedlm.privacy import rdp
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
-from fedlm.privacy.mechanisms.fields import describe, rebuild
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.skellam import Skellam, largest_cohort, least_noise
 
 
+@coded
 @dataclass(frozen=True)
 class DistributedSkellam(Mechanism):
     """Independent noise that the devices add; see the module.
@@ -182,15 +182,6 @@ class DistributedSkellam(Mechanism):
             ConfigError: Always.
         """
         raise ConfigError("Skellam noise is the devices' own; release a sum that was made with the plan's clipper")
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers."""
-        return describe(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> DistributedSkellam:
-        """Return the mechanism that `to_fields` described."""
-        return rebuild(cls, fields)
 
     def _epsilon(self, noise_multiplier: float, num_releases: int, times: int, delta: float) -> float:
         design = self.design(noise_multiplier, delta=delta)

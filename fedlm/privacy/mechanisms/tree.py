@@ -20,16 +20,15 @@ for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.codec import coded
 from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
-from fedlm.privacy.mechanisms.fields import describe, rebuild
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -39,6 +38,7 @@ from fedlm.privacy.noise import NoiseStream
 Outcomes = dict[int, npt.NDArray[np.int64]]
 
 
+@coded
 @dataclass(frozen=True)
 class Tree(Unsampled):
     """Tree aggregation; see the module.
@@ -87,15 +87,6 @@ class Tree(Unsampled):
     def new_noise(self, size: int) -> RoundNoise:
         """Return the noise of a run, with one vector of `size` fp64 numbers for each height of the tree."""
         return TreeNoise(size, self.participation.rounds)
-
-    def to_fields(self) -> dict[str, Any]:
-        """Return all public numbers."""
-        return describe(self)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Tree:
-        """Return the mechanism that `to_fields` described."""
-        return rebuild(cls, fields)
 
 
 class TreeNoise(StreamedNoise):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlm.codec import split
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.privacy.adaptation import PrivacyState
@@ -195,7 +196,7 @@ class StrategyRun:
     def _public(self, diagnostics: Mapping[str, float], specs: RoundSpecs) -> dict[str, Any]:
         model, privacy = self._state.model, self._state.privacy
         state = {"values": model.values.copy(), "num_steps": np.array(model.num_steps)}
-        state["privacy state"] = np.frombuffer(privacy.to_text().encode(), np.uint8)
+        state["privacy state"] = np.frombuffer(str(split(privacy)[1]).encode(), np.uint8)
         state["row ids"] = np.array(specs.sends.row_ids)
         if privacy.word_scores is not None:
             state["word scores"] = privacy.word_scores.copy()

@@ -28,7 +28,7 @@ def whitening(mechanism: Mechanism) -> Floats | None:
     """
     if not mechanism.keeps_noise:
         return None
-    rounds, numbers = mechanism.participation.rounds, mechanism.to_fields()
+    rounds, numbers = mechanism.participation.rounds, vars(mechanism)
     if mechanism.name == "tree":
         return _of_tree(rounds)
     if mechanism.name == "blt":
