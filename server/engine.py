@@ -44,7 +44,6 @@ from fedlm.randomness import round_key, seed_key, stream
 from fedlm.strategy import Release, Strategy, StrategyState
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.groups import group_devices
-from server.claim import devices_and_users, privacy_figures
 from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
 from server.exchange import Order
@@ -52,6 +51,7 @@ from server.payload import DownloadMeter
 from server.round_privacy import RoundPrivacy, release_arrays
 from server.rounds import CohortReport, json_number
 from server.run_folder import CONFIG, RunFolder
+from server.run_guarantee import devices_and_users, privacy_figures
 from server.turnout import Fleet, Turnout
 
 Listener = Callable[[dict[str, object]], None]
@@ -349,7 +349,7 @@ class Engine:
             "num_steps": self._state.num_steps,
             "experiment": _identity(self._config),
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
-            "privacy": self._plan.figures(),
+            "privacy": privacy_figures(self._plan, self._experiment),
             "privacy_state": self._privacy.text(),
         }
         is_audit = self._experiment.canaries.count > 0  # an audit looks at every release
@@ -387,14 +387,15 @@ class Engine:
         }
 
     def _metric_line(self, metrics: dict[str, Any] | None, score: Score | None) -> dict[str, Any]:
-        line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), "devices": 0, "epsilon": 0.0}
+        nothing = {"devices": 0, "epsilon": 0.0, "stamps": self._privacy.stamps}
+        line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), **nothing}
         scores = {
             name: getattr(score, name, None) for name in ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
         }
         return {**self._diagnostics, **line, **scores}
 
     def _announce(self, t: int, line: dict[str, Any], devices_per_second: float) -> None:
-        event = {name: line[name] for name in ("perplexity", "epsilon")}
+        event = {name: line[name] for name in ("perplexity", "epsilon", "stamps")}
         megabytes = line["megabytes_up"] + line["megabytes_down"]
         self._listener(
             {"event": "round", "round": t, "rounds": self._config.rounds, **event, "megabytes": megabytes,

@@ -21,6 +21,7 @@ from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from server.noise_keys import NoiseKeys
+from server.run_guarantee import run_guarantee
 from server.turnout import Bytes, RoundTask
 
 _ANSWER, _SCORES = "answer.", "privacy.word_scores"
@@ -43,6 +44,7 @@ class RoundPrivacy:
         self._ledger = plan.new_ledger()
         self._budget = device_budget(experiment.config)
         self._state = plan.first_state(spec.with_rows(self.rows(1)))
+        self.stamps = list(run_guarantee(plan, experiment).warnings)  # beside every epsilon of a round
         plan.keep_keys(self._keys)
 
     def rows(self, t: int) -> RowIds:
@@ -94,13 +96,13 @@ class RoundPrivacy:
         return self.plan.noise_std(self.clipper(t, spec))
 
     def metrics(self, released: Released) -> dict[str, Any]:
-        """Return what a round's metrics say of its privacy: all of it released or public."""
+        """Return what a round's metrics say of its privacy beside epsilon: all of it released or public."""
         state = self._state
         allocated = {"scales": list(state.allocation.scales)} if state.allocation else {}
         metrics = self.plan.adaptation.metric_means(released) if self.plan.enabled else {}
         named = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
         clip_norm = {"clip_norm": state.clip_norm} if self.plan.enabled else {}
-        return {**clip_norm, **allocated, **({"dp_metrics": named} if named else {})}
+        return {"stamps": self.stamps, **clip_norm, **allocated, **({"dp_metrics": named} if named else {})}
 
     def realised(self, num_releases: int) -> dict[str, Any]:
         """Return the participation that the ledger saw and the epsilon that follows from it."""
@@ -108,7 +110,7 @@ class RoundPrivacy:
         if not self.plan.enabled or not num_releases:
             return {}
         realised = self.plan.realised_epsilon(num_releases, **seen)
-        return {**seen, **({"epsilon_realised": realised} if np.isfinite(realised) else {})}
+        return {**seen, **({"epsilon_realised": realised, "stamps": self.stamps} if np.isfinite(realised) else {})}
 
     def arrays(self) -> dict[str, Any]:
         """Return the state's arrays for a checkpoint."""

@@ -62,7 +62,12 @@ class RunRecord:
     @property
     def stamps(self) -> tuple[str, ...]:
         """Warnings that must stand beside every privacy figure, such as `NOT PRIVATE`."""
-        return tuple(str(stamp) for stamp in self.privacy.get("stamps") or ())
+        return _stamps(self.privacy)
+
+    @property
+    def example_stamps(self) -> tuple[str, ...]:
+        """The same of the devices' own guarantee."""
+        return _stamps(self.example_level)
 
     @property
     def status(self) -> str:
@@ -134,6 +139,10 @@ def number(record: Record, key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _stamps(figures: Record) -> tuple[str, ...]:
+    return tuple(str(stamp) for stamp in figures.get("stamps") or ())
 
 
 def _read(run: Path, name: str) -> bytes:

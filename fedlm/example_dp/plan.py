@@ -33,6 +33,7 @@ from fedlm.example_dp.step_keys import StepKeys
 from fedlm.privacy import accounting
 from fedlm.privacy.composition import Event, composed_epsilon
 from fedlm.privacy.fixed_point import CAPACITY, UNITS
+from fedlm.privacy.guarantee import Guarantee
 from fedlm.privacy.noise import MAX_STD, NoiseStream, Uncopied
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.rounding import rounded_up
@@ -190,6 +191,10 @@ class ExamplePlan(Uncopied):
     def num_steps(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    def guarantee(self) -> Guarantee:
+        """Return what all steps together guarantee each example."""
+        return statement.guarantee(self)
 
     @property
     def stamps(self) -> tuple[str, ...]:

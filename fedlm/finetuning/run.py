@@ -25,7 +25,7 @@ from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.trainer import DpTrainer, StepReport
 from fedlm.finetuning.run_files import FinetuneFolder, require_free
 from fedlm.finetuning.workloads import Workload, open_workload
-from fedlm.rounding import rounded_up
+from fedlm.rounding import rounded_up, stamped
 
 Listener = Callable[[dict[str, object]], None]
 _EPSILON_SHARE = 0.05  # of the time at most, to tell epsilon meanwhile: a composition takes seconds
@@ -113,7 +113,7 @@ def finetune(config: Config, out: Path | None, listener: Listener) -> FinetuneSu
     except KeyboardInterrupt as error:
         raise Interrupted(progress.lost()) from error
     with folder.weights() as weights:
-        workload.save(weights)
+        workload.save(weights, plan.guarantee())
     summary = _summary(workload, plan, progress, trained, (first, last), bleu, time.monotonic() - started)
     folder.json("summary.json", asdict(summary))
     return summary
@@ -225,8 +225,9 @@ class _Progress:
             self._epsilon_due = now + (time.monotonic() - now) / _EPSILON_SHARE
         if ended or report.step % -(-total // _NUM_LINES) == 0 or report.step == 1:
             self._folder.metric(
-                {"phase": self._phase, **asdict(report), "epsilon_at_least": self._epsilon, "seconds": self.seconds}
-            )
+                {"phase": self._phase, **asdict(report), "epsilon_at_least": self._epsilon, "stamps": self._plan.stamps,
+                 "seconds": self.seconds}
+            )  # fmt: skip
         loss = report.non_private_loss
         self._listener(
             {
@@ -235,6 +236,7 @@ class _Progress:
                 "steps": total,
                 "non_private_loss": loss if math.isfinite(loss) else None,
                 "epsilon": self._epsilon if math.isfinite(self._epsilon) else None,
+                "stamps": self._plan.stamps,
                 "examples_per_second": self._plan.batch_size / seconds if seconds else None,
             }
         )
@@ -253,7 +255,8 @@ class _Progress:
         if not self._done:
             return "interrupted before the first step; nothing was released"
         epsilon = self._plan.epsilon(self._done)
-        spent = f"; epsilon {rounded_up(epsilon)} was spent on them" if math.isfinite(epsilon) else ""
+        figure = stamped(f"epsilon {rounded_up(epsilon)}", self._plan.stamps)
+        spent = f"; {figure} was spent on them" if math.isfinite(epsilon) else ""
         return (
             f"interrupted after step {self._done} of {self._plan.num_steps}; there is no checkpoint, the trained "
             f"weights are lost{spent}. {self._folder.path} keeps the metrics"

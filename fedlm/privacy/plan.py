@@ -33,13 +33,14 @@ from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
+from fedlm.privacy.guarantee import Guarantee
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.riders import Floats
 from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.skellam import Skellam
-from fedlm.privacy.statement import figures, stamps, statement
+from fedlm.privacy.statement import figures, guarantee, stamps, statement
 from fedlm.privacy.terms import PrivacyTerms
 from fedlm.trainable.spec import UpdateSpec, Vector
 
@@ -356,9 +357,12 @@ class PrivacyPlan(PrivacyTerms):
         done = require_count("num_releases_so_far", num_releases_so_far)
         if self.enabled and done >= self.rounds:
             raise BudgetExceededError(
-                f"{done:,} releases were made, {self.rounds:,} are paid for "
-                f"(epsilon {self.epsilon(self.rounds):.4g}); start a new run with more rounds"
+                f"{done:,} releases were made, {self.rounds:,} are paid for; start a new run with more rounds"
             )
+
+    def guarantee(self) -> Guarantee:
+        """Return what all releases together guarantee each user."""
+        return guarantee(self)
 
     def stamps(self) -> tuple[str, ...]:
         """Return the warnings that every report of this run carries; see `fedlm.privacy.statement`."""

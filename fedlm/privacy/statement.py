@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from fedlm.privacy.guarantee import Guarantee, large_delta
 from fedlm.privacy.mechanisms.participations import ZERO_OUT, most_participations
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.rounding import rounded_up
@@ -17,7 +18,7 @@ _ACCOUNTANTS = {
     "rdp": "RDP accounting",
     "gaussian": "accounting of the Gaussian mechanism in closed form",
 }
-_UNIT = "user (all data of one device)"
+UNIT = "user (all data of one device)"
 
 
 def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
@@ -40,16 +41,27 @@ def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
             f"{terms.population:,} users a round; the simulated {terms.cohort:,} of {terms.fleet_size:,} got "
             f"epsilon {rounded_up(real)}"
         )
+    found += large_delta(terms.delta, terms.population, things="users", key="privacy.delta")
     return tuple(found)
 
 
-def statement(terms: PrivacyTerms) -> str:
-    """Return the guarantee with every figure it rests on, and the stamps."""
-    if not terms.enabled:
-        return stamps(terms)[0] + "."
+def guarantee(terms: PrivacyTerms) -> Guarantee:
+    """Return what all releases of a run under these terms guarantee each user, with the stamps."""
+    return Guarantee(
+        unit=UNIT,
+        adjacency=terms.mechanism.adjacency,
+        epsilon=terms.epsilon(terms.rounds),
+        delta=terms.delta,
+        sentences=_sentences(terms) if terms.enabled else (),
+        warnings=stamps(terms),
+    )
+
+
+def _sentences(terms: PrivacyTerms) -> tuple[str, ...]:
+    """Return the guarantee with every figure it rests on, and against whom it holds."""
     epsilon = rounded_up(terms.epsilon(terms.rounds))
     guarantee = (
-        f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {_UNIT}; "
+        f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {UNIT}; "
         f"adjacency: {terms.mechanism.adjacency}) for all {terms.rounds:,} releases together: "
         f"{terms.mechanism.description}, noise multiplier z = {terms.noise_multiplier:.4g}, "
         f"{_clip(terms)}{_queries(terms)}, {_ACCOUNTANTS[terms.accountant]}."
@@ -57,7 +69,12 @@ def statement(terms: PrivacyTerms) -> str:
     secret = "It holds against those who see only the releases"
     if terms.cohorts_are_secret:
         secret += "; the seed decides the cohorts and must stay secret"
-    return " ".join([guarantee, f"{secret}.", *_server(terms), *(f"{stamp}." for stamp in stamps(terms))])
+    return (guarantee, f"{secret}.", *_server(terms))
+
+
+def statement(terms: PrivacyTerms) -> str:
+    """Return the guarantee with every figure it rests on, and the stamps."""
+    return guarantee(terms).statement
 
 
 def _server(terms: PrivacyTerms) -> tuple[str, ...]:
@@ -98,7 +115,7 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
     """Return the same as JSON-ready values; infinities are None, the seed is not among them."""
     return {
         "enabled": terms.enabled,
-        "unit": _UNIT,
+        "unit": UNIT,
         "adjacency": terms.mechanism.adjacency,
         "sampler": terms.mechanism.participation.sampler,
         "mechanism": terms.mechanism.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fedlm.rounding import stamped
 from simulations.report.axes import Axis, suits_log
 from simulations.report.bars import Bar, bar_chart
 from simulations.report.figures import bound, change, count, data_size, figure, share, size_unit
@@ -62,7 +63,7 @@ def epsilon_panel(record: RunRecord) -> Markup:
     target = number(record.config().get("privacy", {}), "epsilon")
     return card(
         "Epsilon by round",
-        f"Privacy loss spent so far, at delta {delta}.",
+        stamped(f"Privacy loss spent so far, at delta {delta}.", record.stamps),
         line_chart(
             [Series("epsilon", points, end=bound(points[-1][1]))],
             title="Epsilon by round",

@@ -228,6 +228,7 @@ def test_statement_has_every_figure_and_no_seed() -> None:
         (plan_of(ExampleDpConfig(enabled=False)), "NOT PRIVATE: example_dp.enabled is false"),
         (plan_of(reproducible=True), "NOT PRIVATE: sample and noise follow from the seed"),
         (plan_of(replace(GIVEN, delta=0.0011)), "weak guarantee: delta 0.0011"),
+        (plan_of(replace(GIVEN, delta=0.001)), "weak guarantee: delta 0.001 is not below 1 / 1,000 examples"),
     ],
 )
 def test_what_is_no_guarantee_is_stamped(plan: ExamplePlan, stamp: str) -> None:

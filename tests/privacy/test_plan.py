@@ -328,7 +328,7 @@ class TestStatement:
             *("z = 1", "C = 0.3", "epsilon 0.2214", "delta 1e-06", "PLD", "seed decides the cohorts"),
         ):
             assert part in text
-        assert plan.stamps() == ()
+        assert make(rounds=1_500, fleet_size=999_999, cohort=1_000).guarantee().warnings == ()
 
     def test_printed_epsilon_is_never_below_the_computed_one(self) -> None:
         for z in (0.6, 0.9, 1.7, 4.0):
@@ -349,7 +349,7 @@ class TestStatement:
         assert plan.epsilon_of_this_fleet(1) == math.inf
 
     def test_a_mimicked_population_is_stamped_with_both_figures(self) -> None:
-        plan = make(population=1_000_000, expected_cohort=5_000)
+        plan = make(population=1_000_000, expected_cohort=5_000, delta=1e-7)
         (stamp,) = plan.stamps()
         assert stamp.startswith("no guarantee for this model: ")
         printed = float(stamp.rpartition("epsilon ")[2].replace(",", ""))
@@ -359,6 +359,20 @@ class TestStatement:
         assert "50 of 2,000" in stamp
         assert stamp in plan.statement()
         assert make(population=2_000, expected_cohort=50).stamps() == ()
+
+    @pytest.mark.parametrize(
+        ("privacy", "population"),
+        [({}, 2_000), ({"population": 1_000_000, "expected_cohort": 5_000}, 1_000_000)],
+    )
+    def test_a_delta_at_which_whole_users_may_be_published_is_stamped(
+        self, privacy: dict[str, Any], population: int
+    ) -> None:
+        words = f"is not below 1 / {population:,} users"
+        for delta, is_large in ((0.999 / population, False), (1 / population, True), (0.1, True)):
+            plan = make(delta=delta, **privacy)
+            found = [stamp for stamp in plan.guarantee().warnings if stamp.startswith("weak guarantee: ")]
+            assert [words in stamp for stamp in found] == [True] * is_large
+            assert (words in plan.guarantee().statement) == is_large
 
     @pytest.mark.parametrize("privacy", [{}, {"enabled": False}, {"reproducible_noise": True}])
     def test_figures_are_strict_json_and_agree_with_the_plan(self, privacy: dict[str, Any]) -> None:

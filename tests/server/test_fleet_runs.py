@@ -25,7 +25,7 @@ from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.privacy.plan import PrivacyPlan
 from server import app as server
-from server.claim import run_stamps
+from server.run_guarantee import run_guarantee
 from server.turnout import DROPPED_OUT, TRAINS, RoundTask, Turnout
 from simulations.grids.inprocess import InProcessGrid
 from simulations.run import resume, simulate
@@ -130,7 +130,7 @@ def test_more_devices_than_users_are_copies_and_every_figure_says_so(small: Make
         "users": len(users),
     }
     plain = Experiment.open(small())
-    assert run_stamps(server.plan_of(plain), plain) == server.plan_of(plain).stamps()
+    assert run_guarantee(server.plan_of(plain), plain) == server.plan_of(plain).guarantee()
 
 
 def test_limits_on_devices_need_a_simulated_fleet(small: Make, tmp_path: Path) -> None:

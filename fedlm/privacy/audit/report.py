@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedlm.privacy.audit.gaussian_bound import CERTAINTY, INTERVAL, GaussianBound, gaussian_bound
 from fedlm.privacy.audit.one_run import OneRunBound, one_run_bound
+from fedlm.rounding import stamped
 
 ODD = 5.0
 """Standard errors by which the strangers' scores may miss their law before a view counts as broken."""
@@ -171,7 +172,7 @@ class AuditReport:
     @property
     def alarms(self) -> tuple[str, ...]:
         """Every alarm; none if the audit found nothing against the run's claim."""
-        return tuple(view.alarm for view in self.views if view.alarm)
+        return tuple(stamped(view.alarm, self.stamps) for view in self.views if view.alarm)
 
     def to_fields(self) -> dict[str, Any]:
         """Return all figures, JSON-ready; infinities are None."""
