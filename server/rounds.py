@@ -77,19 +77,14 @@ class CohortReport:
         return [*failures, summary]
 
     def non_private(self) -> dict[str, Any]:
-        """Return diagnostics computed from raw updates; a real deployment has no right to them."""
+        """Return diagnostics computed from raw updates, which a real deployment has no right to; empty if none told."""
         replies = self._replies.values()
         devices, norms, losses = (
             np.concatenate([np.empty(0), *(getattr(reply, name) for reply in replies)])
             for name in ("devices", "non_private_norms", "non_private_losses")
         )
         if not len(norms):
-            return {
-                "train_loss": None,
-                "client_norm_median": None,
-                "client_norm_p90": None,
-                "clip_fraction": None,
-            }
+            return {}
         losses = losses[np.argsort(devices)]  # a mean depends on the order, and the order must not on the nodes
         return {
             "train_loss": float(losses.mean()),

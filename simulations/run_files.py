@@ -86,6 +86,21 @@ class RunRecord:
         """The metrics without round 0."""
         return tuple(record for record in self.metrics if record["round"] > 0)
 
+    @property
+    def raw(self) -> tuple[Record, ...]:
+        """What devices told of their raw updates, a record a round; without figures where they told nothing."""
+        return tuple({"round": line["round"], **(line.get("non_private") or {})} for line in self.metrics)
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether any figure of the run was computed from raw updates."""
+        return any(number(line, name) is not None for line in self.raw for name in line if name != "round")
+
+    @property
+    def dp_metrics(self) -> tuple[Record, ...]:
+        """What left the devices with noise, a record a round; without figures where no metric was asked for."""
+        return tuple({"round": line["round"], **(line.get("dp_metrics") or {})} for line in self.metrics)
+
     def events(self, kind: str) -> tuple[Record, ...]:
         """Return the ledger's events of one kind, in order."""
         return tuple(event for event in self.ledger if event.get("event") == kind)

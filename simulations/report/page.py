@@ -226,28 +226,30 @@ def _section(title: str, *panels: Markup) -> Markup:
 
 
 def _releases(record: RunRecord) -> list[Markup]:
-    panels = release_panels(record)
+    panels = [*release_panels(record), *metric_panels(record)]
     return [_section("Releases", *panels)] if panels else []
 
 
 def _diagnostics(record: RunRecord) -> Markup:
-    measured = any(line.get("non_private") for line in record.metrics)
     label = (
         element(
             "p",
             text("strong", "Simulation only, not private."),
-            escape(" Computed from the devices' raw updates, which a deployed server never sees."),
+            escape(
+                " The devices' norms and the clipped share are computed from raw updates, which a deployed server "
+                "never sees; what was released stands beside them to compare."
+            ),
             class_="label",
         )
-        if measured
+        if record.has_raw
         else escape("")
     )
     return element(
         "section",
         text("h2", "Updates"),
         label,
-        element("div", *diagnostic_panels(record), *metric_panels(record), class_="columns"),
-        class_="raw" if measured else None,
+        element("div", *diagnostic_panels(record), class_="columns"),
+        class_="raw" if record.has_raw else None,
     )
 
 
