@@ -6,7 +6,7 @@ from typing import Any
 
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
-from fedlm.privacy.guarantee import Guarantee
+from fedlm.privacy.guarantee import Guarantee, to_dict
 from fedlm.privacy.plan import PrivacyPlan
 
 
@@ -32,9 +32,7 @@ def run_guarantee(plan: PrivacyPlan, experiment: Experiment) -> Guarantee:
 
 
 def privacy_figures(plan: PrivacyPlan, experiment: Experiment) -> dict[str, Any]:
-    """Return the plan's figures with its statement and every stamp of the run."""
-    guarantee = run_guarantee(plan, experiment)
+    """Return the run's guarantee and what it rests on, and apart from it what devices guarantee for their sequences."""
     budget = device_budget(experiment.config)
-    on_devices = {"example_level": budget.figures()} if budget else {}
-    words = {"statement": guarantee.statement, "stamps": list(guarantee.warnings)}
-    return {**plan.figures(), **words, **on_devices}
+    on_devices = {"example_level": {**to_dict(budget.guarantee()), **budget.parameters()}} if budget else {}
+    return {**to_dict(run_guarantee(plan, experiment)), **plan.parameters(), **on_devices}

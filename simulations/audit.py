@@ -74,12 +74,10 @@ def analyse(run: Path) -> AuditReport:
     """
     case = _Case.open(run)
     canaries, k = case.experiment.canaries, case.experiment.canaries.num_gradient
-    guarantee = run_guarantee(case.plan, case.experiment)
     views, size = case.views() if k else ((), 0)
     report = AuditReport(
         run_dir=str(run),
-        stamps=guarantee.warnings,
-        statement=guarantee.statement,
+        guarantee=run_guarantee(case.plan, case.experiment),
         rounds=case.rounds,
         num_canaries=k,
         num_coordinates=size,

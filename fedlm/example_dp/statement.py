@@ -1,4 +1,4 @@
-"""What an example-level plan promises, in words and in figures, with the stamps that take it back."""
+"""What an example-level plan promises its examples in words, with the stamps that take it back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNIT = "example (one sequence or one labelled text)"
 ADJACENCY = "add or remove one"
 
 
-def stamps(plan: ExamplePlan) -> tuple[str, ...]:
+def _stamps(plan: ExamplePlan) -> tuple[str, ...]:
     """Return the warnings that everything made under this plan carries; none if the guarantee is real."""
     if not plan.is_private:
         return ("NOT PRIVATE: example_dp.enabled is false, gradients are neither clipped nor noised",)
@@ -33,7 +33,7 @@ def guarantee(plan: ExamplePlan) -> Guarantee:
         epsilon=plan.epsilon(plan.num_steps),
         delta=plan.delta,
         sentences=_sentences(plan) if plan.is_private else (),
-        warnings=stamps(plan),
+        warnings=_stamps(plan),
     )
 
 
@@ -51,24 +51,14 @@ def _sentences(plan: ExamplePlan) -> tuple[str, ...]:
     )
 
 
-def statement(plan: ExamplePlan) -> str:
-    """Return the guarantee with every figure it rests on, and the stamps."""
-    return guarantee(plan).statement
-
-
-def figures(plan: ExamplePlan) -> dict[str, object]:
-    """Return the same as JSON-ready values; infinities are None, keys and seed are not among them."""
-    epsilon = plan.epsilon(plan.num_steps)
+def parameters(plan: ExamplePlan) -> dict[str, object]:
+    """Return what the guarantee rests on as JSON-ready values; infinities are None, no key or seed is among them."""
     return {
         "enabled": plan.is_private,
-        "unit": UNIT,
-        "adjacency": ADJACENCY,
         "sampler": "poisson",
         "mechanism": "gaussian",
         "accountant": "pld",
-        "epsilon": _finite(epsilon),
         "epsilon_target": plan.epsilon_target,
-        "delta": plan.delta,
         "clipping": plan.rule.kind,
         "clip_norm": _finite(plan.rule.clip_norm),
         "num_examples": plan.num_examples,
@@ -76,8 +66,6 @@ def figures(plan: ExamplePlan) -> dict[str, object]:
         "sampling_probability": plan.sampling_probability,
         "phases": [{"steps": phase.steps, "noise_multiplier": phase.noise_multiplier} for phase in plan.phases],
         "reproducible": plan.reproducible,
-        "statement": statement(plan),
-        "stamps": list(stamps(plan)),
     }
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from fedlm.errors import BudgetExceededError
 from fedlm.rounding import rounded_up, stamped
+
+_ACCOUNTANT = 1e-4
+"""How far, relatively, another version of the accountant may round otherwise."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,19 @@ def large_delta(delta: float, count: int, *, things: str, key: str) -> tuple[str
         f"weak guarantee: delta {delta:g} is not below 1 / {count:,} {things}, so that whole {things} may be "
         f"published; lower {key}",
     )
+
+
+def check_budget(spent: float, budget: float, *, what: str, fix: str) -> None:
+    """Refuse what costs more than its budget.
+
+    Arguments:
+        spent: Epsilon of the whole run; infinity where nothing is guaranteed.
+        budget: Epsilon at most; 0: there is no budget.
+        what: What costs it.
+        fix: What to do.
+
+    Raises:
+        BudgetExceededError: It costs more than the fourth digit of the accountant leaves open.
+    """
+    if budget and spent > budget * (1 + _ACCOUNTANT):
+        raise BudgetExceededError(f"{what} costs epsilon {rounded_up(spent)}, allowed is {budget:.4g}; {fix}")

@@ -1,4 +1,4 @@
-"""What a plan promises, in words and in figures, with the stamps that take it back where it does not hold."""
+"""What a plan promises its users in words, with the stamps that take it back where it does not hold."""
 
 from __future__ import annotations
 
@@ -72,11 +72,6 @@ def _sentences(terms: PrivacyTerms) -> tuple[str, ...]:
     return (guarantee, f"{secret}.", *_server(terms))
 
 
-def statement(terms: PrivacyTerms) -> str:
-    """Return the guarantee with every figure it rests on, and the stamps."""
-    return guarantee(terms).statement
-
-
 def _server(terms: PrivacyTerms) -> tuple[str, ...]:
     """Return what holds against the server, where the devices add the noise."""
     mechanism, epsilon = terms.mechanism, terms.epsilon_server
@@ -111,23 +106,19 @@ def _queries(terms: PrivacyTerms) -> str:
     return f"; {', '.join(names)} included" if names else ""
 
 
-def figures(terms: PrivacyTerms) -> dict[str, object]:
-    """Return the same as JSON-ready values; infinities are None, the seed is not among them."""
+def parameters(terms: PrivacyTerms) -> dict[str, object]:
+    """Return what the guarantee rests on as JSON-ready values; infinities are None, the seed is not among them."""
     return {
         "enabled": terms.enabled,
-        "unit": UNIT,
-        "adjacency": terms.mechanism.adjacency,
         "sampler": terms.mechanism.participation.sampler,
         "mechanism": terms.mechanism.name,
         "accountant": terms.accountant,
         "allocation": terms.adaptation.allocation,
         "prefix_rmse": terms.mechanism.prefix_rmse() * terms.noise_multiplier,
-        "epsilon": _finite(terms.epsilon(terms.rounds)),
         "epsilon_of_this_fleet": _finite(terms.epsilon_of_this_fleet(terms.rounds)),
         "epsilon_server": _finite(math.inf if terms.epsilon_server is None else terms.epsilon_server),
         "epsilon_as_published": _finite(terms.epsilon_as_published or math.inf),
         "epsilon_target": terms.epsilon_target,
-        "delta": terms.delta,
         "noise_multiplier": terms.noise_multiplier,
         "clip_norm": _finite(terms.clip_norm),
         "rounds": terms.rounds,
@@ -137,8 +128,6 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
         "fleet_size": terms.fleet_size,
         "cohort": terms.cohort,
         "reproducible_noise": terms.reproducible_noise,
-        "statement": statement(terms),
-        "stamps": list(stamps(terms)),
     }
 
 

@@ -195,7 +195,11 @@ def run(job: Job, vocabulary: Vocabulary, train: Batch, test: Batch) -> dict[str
     trainer.train(after_step)
     named = {"variant": job.variant, "epsilon_target": job.epsilon, "seed": job.seed, "corpus": job.corpus}
     figures = {"perplexity_initial": base, **score(model, test, frequencies)}
-    spent = {"epsilon": plan.epsilon(sizes.steps), "stamps": plan.stamps, "seconds": time.monotonic() - start}
+    spent = {
+        "epsilon": plan.epsilon(sizes.steps),
+        "stamps": plan.guarantee().warnings,
+        "seconds": time.monotonic() - start,
+    }
     return {"key": job.key, **named, **figures, **spent}
 
 

@@ -173,11 +173,11 @@ def _tile(name: str, value: str, note: str, *, wide: bool = False, stamps: tuple
 
 def _privacy(record: RunRecord) -> Markup:
     banner = [element("div", *(_stamp(stamp, "stamp") for stamp in record.stamps), class_="stamps")]
-    statement = str(record.privacy.get("statement") or "This run makes no privacy statement.")
+    statement = str(record.privacy.get("privacy_statement") or "This run makes no privacy statement.")
     figures = [
         (key.replace("_", " "), _figure(key, value))
         for key, value in [*record.privacy.items(), *_realised(record).items()]
-        if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
+        if key not in {"privacy_statement", "stamps"} and not isinstance(value, dict | list)
         if value is not None or key not in _RARE
     ]
     claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"), *_example_level(record))
@@ -192,7 +192,7 @@ def _privacy(record: RunRecord) -> Markup:
 
 def _example_level(record: RunRecord) -> tuple[Markup, ...]:
     """Return what each device guarantees for its own sequences, apart from the user-level claim."""
-    statement = record.example_level.get("statement")
+    statement = record.example_level.get("privacy_statement")
     if not statement:
         return ()
     warnings = (_stamp(stamp, "note warn") for stamp in record.example_stamps)

@@ -57,7 +57,7 @@ def test_a_private_run_keeps_its_promise_and_its_folder(tmp_path: Path, files: l
     assert summary.bleu is not None
     folder = tmp_path / "run"
     assert json.loads((folder / "summary.json").read_text())["epsilon"] == summary.epsilon
-    assert json.loads((folder / "plan.json").read_text())["statement"] == summary.privacy_statement
+    assert json.loads((folder / "plan.json").read_text())["privacy_statement"] == summary.privacy_statement
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (lines[0]["perplexity"], lines[-1]["perplexity"]) == (summary.perplexity_initial, summary.perplexity)
     # Whatever a line says beyond the guarantee says so by its name.

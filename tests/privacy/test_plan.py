@@ -21,9 +21,15 @@ from scipy import stats
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, Clipper, PrivacyPlan
+from fedlm.privacy.guarantee import to_dict
 from fedlm.randomness import round_key, stream
 
 SIZE = 100_000
+
+
+def figures_of(plan: PrivacyPlan) -> dict[str, object]:
+    """Return what a run stores of its guarantee."""
+    return {**to_dict(plan.guarantee()), **plan.parameters()}
 
 
 def make(*, rounds: int = 20, fleet_size: int = 2_000, cohort: int = 50, seed: int = 7, **privacy: Any) -> PrivacyPlan:
@@ -282,12 +288,12 @@ class TestResume:
         back = PrivacyPlan.from_json(plan.to_json(), seed=7)
         assert back == plan
         assert back.noise_multiplier.hex() == plan.noise_multiplier.hex()
-        assert back.statement() == plan.statement()
+        assert back.guarantee().statement == plan.guarantee().statement
         assert np.array_equal(back.sample_cohort(5), plan.sample_cohort(5))
 
     def test_the_seed_is_nowhere_in_what_is_stored_or_printed(self) -> None:
         plan = make(seed=918_273_645)
-        for text in (plan.to_json(), repr(plan), plan.statement(), json.dumps(plan.figures())):
+        for text in (plan.to_json(), repr(plan), plan.guarantee().statement, json.dumps(figures_of(plan))):
             assert "918273645" not in text
 
     @pytest.mark.parametrize(
@@ -321,7 +327,7 @@ class TestResume:
 class TestStatement:
     def test_names_every_figure(self) -> None:
         plan = make(rounds=1_500, fleet_size=1_000_000, cohort=1_000)
-        text = plan.statement()
+        text = plan.guarantee().statement
         for part in (
             *("unit: user", "add or remove one", "1,500 releases", "Poisson", "Gaussian"),
             "1,000 / 1,000,000 = 0.001",
@@ -333,32 +339,32 @@ class TestStatement:
     def test_printed_epsilon_is_never_below_the_computed_one(self) -> None:
         for z in (0.6, 0.9, 1.7, 4.0):
             plan = make(noise_multiplier=z)
-            printed = float(plan.statement().split("epsilon ")[1].split()[0])
+            printed = float(plan.guarantee().statement.split("epsilon ")[1].split()[0])
             assert plan.epsilon(20) <= printed <= plan.epsilon(20) * 1.001 + 1e-12
 
     def test_disabled_is_stamped(self) -> None:
         plan = make(enabled=False)
         assert plan.epsilon(1) == plan.epsilon_of_this_fleet(1) == math.inf
-        assert plan.stamps()[0].startswith("NOT PRIVATE: ")
-        assert plan.stamps()[0] in plan.statement()
+        assert plan.guarantee().warnings[0].startswith("NOT PRIVATE: ")
+        assert plan.guarantee().warnings[0] in plan.guarantee().statement
 
     def test_reproducible_noise_is_stamped(self) -> None:
         plan = make(reproducible_noise=True)
-        assert plan.stamps()[0].startswith("NOT PRIVATE: ")
-        assert plan.stamps()[0] in plan.statement()
+        assert plan.guarantee().warnings[0].startswith("NOT PRIVATE: ")
+        assert plan.guarantee().warnings[0] in plan.guarantee().statement
         assert plan.epsilon_of_this_fleet(1) == math.inf
 
     def test_a_mimicked_population_is_stamped_with_both_figures(self) -> None:
         plan = make(population=1_000_000, expected_cohort=5_000, delta=1e-7)
-        (stamp,) = plan.stamps()
+        (stamp,) = plan.guarantee().warnings
         assert stamp.startswith("no guarantee for this model: ")
         printed = float(stamp.rpartition("epsilon ")[2].replace(",", ""))
         true = plan.epsilon_of_this_fleet(20)
         assert true <= printed <= true * 1.002, "rounded up, never down"
         assert "5,000 of 1,000,000" in stamp
         assert "50 of 2,000" in stamp
-        assert stamp in plan.statement()
-        assert make(population=2_000, expected_cohort=50).stamps() == ()
+        assert stamp in plan.guarantee().statement
+        assert make(population=2_000, expected_cohort=50).guarantee().warnings == ()
 
     @pytest.mark.parametrize(
         ("privacy", "population"),
@@ -377,8 +383,8 @@ class TestStatement:
     @pytest.mark.parametrize("privacy", [{}, {"enabled": False}, {"reproducible_noise": True}])
     def test_figures_are_strict_json_and_agree_with_the_plan(self, privacy: dict[str, Any]) -> None:
         plan = make(**privacy)
-        figures = json.loads(json.dumps(plan.figures(), allow_nan=False))
-        assert figures["statement"] == plan.statement()
-        assert figures["stamps"] == list(plan.stamps())
+        figures = json.loads(json.dumps(figures_of(plan), allow_nan=False))
+        assert figures["privacy_statement"] == plan.guarantee().statement
+        assert figures["stamps"] == list(plan.guarantee().warnings)
         assert figures["epsilon"] == (plan.epsilon(20) if plan.enabled else None)
         assert {"delta", "noise_multiplier", "population", "expected_cohort", "clip_norm"} <= figures.keys()

@@ -95,7 +95,7 @@ def test_dropouts_change_neither_divisor_nor_noise(small: Make, tmp_path: Path) 
     # An all-dropped round still releases: exactly the noise of the plan, over the plan's expected cohort.
     plan = PrivacyPlan.from_json((tmp_path / "none" / "plan.json").read_text(), seed=config.seed)
     assert (nobody == plan.release(plan.new_sum(len(nobody)), 1).mean).all()
-    statements = {lines(tmp_path / name, "ledger.jsonl")[0]["privacy"]["statement"] for name in rules}
+    statements = {lines(tmp_path / name, "ledger.jsonl")[0]["privacy"]["privacy_statement"] for name in rules}
     assert len(statements) == 1
 
 
