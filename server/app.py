@@ -30,6 +30,7 @@ from server.cohort_key import stored_cohort_key
 from server.engine import Engine, Listener
 from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
+from server.run_guarantee import run_guarantee
 from server.strategies import BUILT_IN
 from server.turnout import EveryDevice, Fleet
 
@@ -79,10 +80,11 @@ def main(grid: Grid, context: Context) -> None:
     if not resumes:
         folder = new_folder(out, experiment, trainable)
     with folder.locked():
+        plan = PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed, cohort_key=stored_cohort_key(folder))
         engine = Engine(
             grid,
             experiment,
-            plan=PrivacyPlan.from_json(folder.text(PLAN), seed=config.seed, cohort_key=stored_cohort_key(folder)),
+            plan=plan,
             strategy=strategy_of(config.strategy),
             spec=trainable.spec,
             values=trainable.initial_values(),
@@ -98,7 +100,8 @@ def main(grid: Grid, context: Context) -> None:
     if config.trainable.lora.rank:
         blocks = trainable.spec.views(engine.state.values)
         base = config.model.name if is_pretrained(config) else str(base_folder(config))
-        save_adapter(trainable.model, blocks, config.trainable.lora, out / "adapter", base=base)
+        guarantee = run_guarantee(plan, experiment)
+        save_adapter(trainable.model, blocks, config.trainable.lora, out / "adapter", base=base, guarantee=guarantee)
 
 
 def default_run_path() -> Path:

@@ -28,7 +28,6 @@ from fedlm.strategy import Strategy, StrategyState
 from fedlm.trainable.spec import UpdateSpec, Vector
 from fedlm.training.groups import group_devices
 from server.broadcast import Broadcaster
-from server.claim import devices_and_users, privacy_figures
 from server.cohort_key import forget_cohort_key
 from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
@@ -45,6 +44,7 @@ from server.resume import (
 from server.round import Round, RoundOpener
 from server.round_lines import CohortReport, RunLines, json_number, now
 from server.run_folder import NOTHING, RunFolder
+from server.run_guarantee import devices_and_users, privacy_figures, run_guarantee
 from server.turnout import Fleet
 
 Listener = Callable[[dict[str, object]], None]
@@ -88,7 +88,7 @@ class Engine:
         self._state = ServerState(strategy.init(spec, values), self._rounds.first_state())
         self._broadcaster = Broadcaster(str(folder.path), spec, self._rounds)
         self._dispatcher = Dispatcher(grid, self._config.execution.worker_timeout_s, self._lost)
-        self._lines = RunLines(self._config, plan, self._rounds)
+        self._lines = RunLines(self._config, plan, self._rounds, run_guarantee(plan, experiment).warnings)
         self._device_log = DeviceLog(folder.path, enabled=self._config.fleet.device_log)
         self._described_fleet = {**fleet.describe(), **devices_and_users(experiment)}
         self._eval_requests = self._plan_evaluation()
@@ -285,7 +285,7 @@ class Engine:
             "num_steps": self.state.num_steps,
             "experiment": experiment_hash(self._config),
             "blocks": [{"name": b.name, "kind": b.kind, "shape": list(b.shape)} for b in self._spec.blocks],
-            "privacy": self._plan.figures(),
+            "privacy": privacy_figures(self._plan, self._experiment),
             "privacy_state": privacy_scalars(self._state),
             "diagnostics": self._diagnostics,  # the round's line may not have been written yet
         }

@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -90,19 +90,14 @@ class CohortReport:
         return [*failures, summary]
 
     def non_private(self) -> dict[str, Any]:
-        """Return diagnostics computed from raw updates; a real deployment has no right to them."""
+        """Return diagnostics computed from raw updates, which a real deployment has no right to; empty if none told."""
         replies = [r for r in self._replies.values() if len(r.non_private_losses) == len(r.devices)]
         devices, norms, losses = (
             np.concatenate([np.empty(0), *(getattr(reply, name) for reply in replies)])
             for name in ("devices", "non_private_norms", "non_private_losses")
         )
         if not len(norms):
-            return {
-                "train_loss": None,
-                "client_norm_median": None,
-                "client_norm_p90": None,
-                "clip_fraction": None,
-            }
+            return {}
         losses = losses[np.argsort(devices)]  # a mean depends on the order, and the order must not on the nodes
         with np.errstate(all="ignore"):  # a diverged device's loss may be anything
             return {
@@ -123,9 +118,11 @@ class RunLines:
 
     Arguments:
         config, plan, rounds: Of the run.
+        stamps: What stands beside every epsilon.
     """
 
-    def __init__(self, config: Config, plan: PrivacyPlan, rounds: RoundOpener) -> None:
+    def __init__(self, config: Config, plan: PrivacyPlan, rounds: RoundOpener, stamps: Sequence[str]) -> None:
+        self._stamps = list(stamps)
         self._config, self._plan, self._rounds = config, plan, rounds
         self._seconds_before, self._started = 0.0, time.monotonic()
         self.peak_mb = 0.0
@@ -172,6 +169,7 @@ class RunLines:
             "round_seconds": round(seconds, 3),
             "devices": report.num_trained,
             "epsilon": json_number(self._plan.epsilon(opened.number)),
+            "stamps": self._stamps,
             "update_norm": float(np.linalg.norm(release.mean)),
             **self._privacy(release, state),
             "megabytes_up": self._rounds.bytes_up / 1e6,
@@ -184,7 +182,8 @@ class RunLines:
         self, metrics: Mapping[str, Any] | None, diagnostics: Mapping[str, float | None], score: Score | None
     ) -> dict[str, Any]:
         """Return a line of metrics.jsonl; without metrics that of the base."""
-        line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), "devices": 0, "epsilon": 0.0}
+        nothing = {"devices": 0, "epsilon": 0.0, "stamps": self._stamps}
+        line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), **nothing}
         names = ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
         return {**diagnostics, **line, **{name: getattr(score, name, None) for name in names}}
 
@@ -196,12 +195,13 @@ class RunLines:
             "rounds": self._config.rounds,
             "perplexity": line["perplexity"],
             "epsilon": line["epsilon"],
+            "stamps": line["stamps"],
             "megabytes": line["megabytes_up"] + line["megabytes_down"],
             "devices_per_second": num_devices / max(line["round_seconds"], 1e-3),
         }
 
     def _privacy(self, release: Release, state: PrivacyState) -> dict[str, Any]:
-        """Return what a round's metrics say of its privacy: all of it released or public."""
+        """Return what a round's metrics say of its privacy beside epsilon: all of it released or public."""
         if not self._plan.enabled:
             return {}
         allocated = {"scales": list(state.allocation.scales)} if state.allocation else {}
@@ -216,7 +216,8 @@ class RunLines:
         ledger = self._rounds.ledger
         seen = {"separation": ledger.separation, "max_participations": ledger.max_participations}
         realised = self._plan.realised_epsilon(num_releases, **seen)
-        return {**seen, **({"epsilon_realised": realised} if math.isfinite(realised) else {})}
+        stamped = {"epsilon_realised": realised, "stamps": self._stamps}
+        return {**seen, **(stamped if math.isfinite(realised) else {})}
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

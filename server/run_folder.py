@@ -8,7 +8,7 @@
     lock               held by the process that runs in the folder
     journal/           the released mean of each round since the last checkpoint
     checkpoints/       whole states: a safetensors file and a readable meta file
-    adapter/           at the end: the LoRA adapter as a peft folder
+    adapter/           at the end: the LoRA adapter as a peft folder, with its guarantee in README.md and privacy.json
     report.html
 
 The journal is a write-ahead log: a round's release is on disk before anything is computed from it or sent, so a round

@@ -25,10 +25,10 @@ from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import UpdateSpec, Vector
-from server.claim import privacy_figures
 from server.cohort_key import stored_cohort_key
 from server.engine import Listener
 from server.run_folder import CONFIG, PLAN, RunFolder, write_atomically
+from server.run_guarantee import run_guarantee
 from simulations.report import write_report
 from simulations.run import resume, simulate
 
@@ -76,12 +76,10 @@ def analyse(run: Path) -> AuditReport:
     """
     case = _Case.open(run)
     canaries, k = case.experiment.canaries, case.experiment.canaries.num_gradient
-    claim = privacy_figures(case.plan, case.experiment)
     views, size = case.views() if k else ((), 0)
     report = AuditReport(
         run_dir=str(run),
-        stamps=tuple(claim["stamps"]),
-        statement=claim["statement"],
+        guarantee=run_guarantee(case.plan, case.experiment),
         rounds=case.rounds,
         num_canaries=k,
         num_coordinates=size,

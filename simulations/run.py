@@ -19,9 +19,9 @@ from fedlm.experiment import Experiment, starts_from_base
 from fedlm.training import products
 from fedlm.training.base import base_folder, load_base
 from server import app as server
-from server.claim import run_stamps
 from server.engine import Listener
 from server.run_folder import CONFIG, RunFolder, check_writable
+from server.run_guarantee import run_guarantee
 from simulations.fleet import fleet_maker
 from simulations.grids.base import RUN_ID, LocalGrid
 from simulations.grids.flower_private import SERVER_NODE_ID
@@ -55,7 +55,7 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
     plan = server.plan_of(experiment)
     server.strategy_of(config.strategy)
     fleet = fleet_maker(config.fleet.profile)
-    for stamp in run_stamps(plan, experiment):
+    for stamp in run_guarantee(plan, experiment).warnings:
         listener({"event": "note", "text": stamp})
     server.ensure_base(config, listener)
     config = _with_device_noise(_with_products(config, listener))

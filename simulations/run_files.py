@@ -62,7 +62,12 @@ class RunRecord:
     @property
     def stamps(self) -> tuple[str, ...]:
         """Warnings that must stand beside every privacy figure, such as `NOT PRIVATE`."""
-        return tuple(str(stamp) for stamp in self.privacy.get("stamps") or ())
+        return _stamps(self.privacy)
+
+    @property
+    def example_stamps(self) -> tuple[str, ...]:
+        """The same of the devices' own guarantee."""
+        return _stamps(self.example_level)
 
     @property
     def status(self) -> str:
@@ -80,6 +85,21 @@ class RunRecord:
     def trained_rounds(self) -> tuple[Record, ...]:
         """The metrics without round 0."""
         return tuple(record for record in self.metrics if record["round"] > 0)
+
+    @property
+    def raw(self) -> tuple[Record, ...]:
+        """What devices told of their raw updates, a record a round; without figures where they told nothing."""
+        return tuple({"round": line["round"], **(line.get("non_private") or {})} for line in self.metrics)
+
+    @property
+    def has_raw(self) -> bool:
+        """Whether any figure of the run was computed from raw updates."""
+        return any(number(line, name) is not None for line in self.raw for name in line if name != "round")
+
+    @property
+    def dp_metrics(self) -> tuple[Record, ...]:
+        """What left the devices with noise, a record a round; without figures where no metric was asked for."""
+        return tuple({"round": line["round"], **(line.get("dp_metrics") or {})} for line in self.metrics)
 
     def events(self, kind: str) -> tuple[Record, ...]:
         """Return the ledger's events of one kind, in order."""
@@ -134,6 +154,10 @@ def number(record: Record, key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _stamps(figures: Record) -> tuple[str, ...]:
+    return tuple(str(stamp) for stamp in figures.get("stamps") or ())
 
 
 def _read(run: Path, name: str) -> bytes:

@@ -30,9 +30,11 @@ class RunSummary:
         mechanism: How the noise of the rounds is made; empty without privacy.
         sampler: How cohorts are drawn; likewise.
         privacy_statement: The whole claim in words.
+        stamps: Warnings that must stand wherever an epsilon of the run stands.
         example_epsilon: Of one sequence of a device, whoever sees what it sends; None without `local.example_dp`.
         example_delta: Of that guarantee.
         example_statement: It in words, apart from the user-level one; empty without.
+        example_stamps: Its warnings.
         bytes_up_per_device: What one device sends in one round, the mean over all that sent anything.
         bytes_down_per_device: What one device receives in one round, likewise.
         peak_device_mb: The largest memory of one device's training, in MB.
@@ -55,9 +57,11 @@ class RunSummary:
     mechanism: str
     sampler: str
     privacy_statement: str
+    stamps: tuple[str, ...]
     example_epsilon: float | None
     example_delta: float | None
     example_statement: str
+    example_stamps: tuple[str, ...]
     bytes_up_per_device: int
     bytes_down_per_device: int
     peak_device_mb: float | None
@@ -106,10 +110,12 @@ def summarise_record(record: RunRecord) -> RunSummary:
         delta=number(record.privacy, "delta"),
         mechanism=_privately(record, "mechanism"),
         sampler=_privately(record, "sampler"),
-        privacy_statement=str(record.privacy.get("statement") or ""),
+        privacy_statement=str(record.privacy.get("privacy_statement") or ""),
+        stamps=record.stamps,
         example_epsilon=number(record.example_level, "epsilon"),
         example_delta=number(record.example_level, "delta"),
-        example_statement=str(record.example_level.get("statement") or ""),
+        example_statement=str(record.example_level.get("privacy_statement") or ""),
+        example_stamps=record.example_stamps,
         bytes_up_per_device=round(_total(record, "bytes_up") / max(_total(record, "uploaded"), 1)),
         bytes_down_per_device=round(_total(record, "bytes_down") / max(_total(record, "downloaded"), 1)),
         peak_device_mb=_peak_device_mb(record),

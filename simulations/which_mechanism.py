@@ -25,15 +25,18 @@ class Comparison:
         rows: One for each epsilon and mechanism.
         advice: A sentence for each epsilon.
         own: Of the run itself: mechanism, epsilon, prefix RMSE in clip norms, noise multiplier.
+        stamps: Of the run, whose fleet and delta all rows have.
     """
 
     rows: Sequence[Row]
     advice: Sequence[str]
     own: Mapping[str, Any]
+    stamps: tuple[str, ...]
 
     def to_fields(self) -> dict[str, Any]:
         """Return all of it, JSON-ready."""
-        return {"rows": [asdict(row) for row in self.rows], "advice": list(self.advice), "run": dict(self.own)}
+        rows, stamps = [asdict(row) for row in self.rows], list(self.stamps)
+        return {"rows": rows, "advice": list(self.advice), "run": dict(self.own), "stamps": stamps}
 
 
 def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 0, max_vectors: int = 0) -> Comparison:
@@ -49,7 +52,7 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
         DataError: Not a run folder, or a run without privacy.
         OutputError: The folder cannot be written.
     """
-    read_run(run)
+    record = read_run(run)
     terms = _terms(run)
     rule, epsilon = terms.mechanism.participation, _target(terms)
     kept = rule.separation if rule.sampler == "separated" else 0
@@ -62,7 +65,7 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
         separation=separation or kept,
         max_vectors=max_vectors,
     )
-    found = Comparison(rows, advice(rows), _own(terms, epsilon))
+    found = Comparison(rows, advice(rows), _own(terms, epsilon), record.stamps)
     path = run / COMPARISON
     try:
         write_atomically(path, (json.dumps(found.to_fields(), indent=1, allow_nan=False) + "\n").encode())

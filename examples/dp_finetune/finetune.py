@@ -77,7 +77,7 @@ def main(overrides: list[str]) -> None:
     privacy = ExampleDpConfig(enabled=True, epsilon=8.0, delta=1e-5, clip_norm=0.1)
     plan = train(task, private, privacy, epochs=2, learning_rate=3e-3)
     print(f"fine-tuned: held-out loss {held_out_loss(task, held_out):.3f}")
-    print(plan.statement)
+    print(plan.guarantee().statement)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def _with_canaries(path: Path | None, overrides: list[str], gradient: int | None
 
 
 def _print(report: AuditReport) -> None:
+    from fedlm.privacy.guarantee import to_lines
     from simulations.report.figures import bound, figure
 
     if report.views:
@@ -100,7 +101,7 @@ def _print(report: AuditReport) -> None:
                 "norm to a round",
             ),
             *(("note", note) for note in report.notes),
-            ("claim", report.statement),
+            *(("claim" if not place else "", line) for place, line in enumerate(to_lines(report.guarantee))),
             ("run", report.run_dir),
             ("audit", str(Path(report.run_dir) / "audit.json")),
         ]

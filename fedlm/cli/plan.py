@@ -12,7 +12,7 @@ import typer
 from fedlm.cli.options import ConfigFile, Json, Overrides, read_config
 from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.privacy import Positive
-from fedlm.rounding import rounded_up
+from fedlm.rounding import rounded_up, stamped
 
 if TYPE_CHECKING:
     from fedlm.experiment import Experiment
@@ -53,11 +53,14 @@ def plan(
     settings = read_config(config, words)
     from fedlm.experiment import Experiment
     from fedlm.planning.forecast import Device
+    from fedlm.privacy.guarantee import to_dict
     from server.app import plan_of
+    from server.run_guarantee import run_guarantee
 
     experiment = Experiment.open(settings)
     device = Device(ram or math.inf, bandwidth, gflops, deadline or math.inf)
-    found = _forecast(experiment, plan_of(experiment), device, max_noise)
+    terms = plan_of(experiment)
+    found = _forecast(experiment, terms, device, max_noise) | to_dict(run_guarantee(terms, experiment))
     if json:
         print_json(found)
     else:
@@ -91,14 +94,21 @@ def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device, max_n
         "noise_multiplier": terms.noise_multiplier,
         "clip_norm": terms.clip_norm,
         "expected_cohort": terms.expected_cohort,
-        "epsilon": terms.epsilon(terms.rounds),
-        "delta": terms.delta,
         "time": asdict(round_time(cost, device, moved, int(np.median(num_tokens)), terms)),
         "device": asdict(device),
         "max_noise_to_signal": max_noise,
         "notes": [_OF_PLAIN_SGD] if config.local.example_dp.enabled else [],
         "settings": [asdict(setting) for setting in grid],
     }
+
+
+def _spent(found: dict[str, Any]) -> str:
+    """Return epsilon and delta with the verdicts of their stamps."""
+    from simulations.report.figures import figure
+
+    if found["epsilon"] is None:
+        return stamped("no finite epsilon", found["stamps"])
+    return stamped(f"epsilon {rounded_up(found['epsilon'])} at delta {figure(found['delta'], 2)}", found["stamps"])
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -116,7 +126,8 @@ def _show(found: dict[str, Any]) -> None:
                 f"{data_size(moved['down_again'])} after {figure(moved['rounds_between'], 3)} rounds, a device's mean "
                 f"pause; {data_size(moved['down_first'])} at a first visit in the last round; the base comes once",
             ),
-            ("privacy", f"epsilon {rounded_up(found['epsilon'])} at delta {figure(found['delta'], 2)}"),
+            ("privacy", _spent(found)),
+            *(("", stamp) for stamp in found["stamps"]),
             (
                 "noise",
                 f"multiplier {figure(found['noise_multiplier'])}, clip norm {figure(found['clip_norm'])}, "

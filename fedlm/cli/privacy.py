@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +13,13 @@ import typer
 from fedlm.cli.options import Json
 from fedlm.cli.output import print_json, print_table
 from fedlm.errors import ConfigError, OutputError
-from fedlm.rounding import rounded_up
+from fedlm.rounding import rounded_up, stamped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fedlm.privacy.compare import Row
+    from fedlm.privacy.guarantee import Guarantee
     from fedlm.privacy.mechanisms import Mechanism, Participation
 
 app = typer.Typer(help="Privacy accounting.")
@@ -42,6 +43,9 @@ class Positive(click.FloatRange):
 
 
 Delta = Annotated[float, typer.Option(click_type=Positive(max=1), help="Below one over the population.")]
+AllowLargeDelta = Annotated[
+    bool, typer.Option("--allow-large-delta", help="Accept a delta of 1 / population or more, and warn of it.")
+]
 MechanismName = Annotated[str, typer.Option("--mechanism", help="gaussian, blt, banded, tree, local or skellam.")]
 Sampler = Annotated[
     str,
@@ -78,16 +82,19 @@ def epsilon(
     size: Size = 1_000_000,
     grid_bits: GridBits = 16,
     min_survivors: MinSurvivors = 0,
+    allow_large_delta: AllowLargeDelta = False,
     json: Json = False,
 ) -> None:
     """Print the epsilon that a training spends."""
     _require_cohort(population, cohort)
+    _require_delta(delta, population, allow_large_delta)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
     options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
     made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, **options)
     spent = made.epsilon(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
-    _print(json, "epsilon", spent, _statement(made, spent, delta, noise_multiplier), made, noise_multiplier, delta)
+    guarantee = _guarantee(made, spent, delta, noise_multiplier)
+    _print(json, "epsilon", spent, guarantee, made, noise_multiplier)
 
 
 @app.command()
@@ -107,16 +114,18 @@ def calibrate(
     size: Size = 1_000_000,
     grid_bits: GridBits = 16,
     min_survivors: MinSurvivors = 0,
+    allow_large_delta: AllowLargeDelta = False,
     json: Json = False,
 ) -> None:
     """Print the least noise multiplier that keeps a training within epsilon."""
     _require_cohort(population, cohort)
+    _require_delta(delta, population, allow_large_delta)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
     options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
     made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, **options)
     noise = made.noise_multiplier(epsilon=epsilon, delta=delta)
-    _print(json, "noise_multiplier", noise, _statement(made, epsilon, delta, noise), made, noise, delta)
+    _print(json, "noise_multiplier", noise, _guarantee(made, epsilon, delta, noise), made, noise)
 
 
 @app.command()
@@ -137,19 +146,21 @@ def compare(
     max_vectors: Annotated[
         int, typer.Option(min=0, help="Most vectors of earlier noise for banded noise; 0: no limit.")
     ] = 16,
+    allow_large_delta: AllowLargeDelta = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the noise against epsilon.")] = None,
     json: Json = False,
 ) -> None:
     """Print the noise of every mechanism at the same epsilon, and which to choose; for a run, in its report too."""
     _require_numbers({"--population": population, "--cohort": cohort, "--rounds": rounds, "--delta": delta or 0}, run)
-    own = None
+    own, stamps = None, _stamps(delta or 0.0, population)
     if run is not None:
         from simulations.which_mechanism import compare_run
 
-        found = compare_run(run, epsilons=epsilon or (), separation=min_separation, max_vectors=max_vectors)
-        rows, sentences, own = found.rows, found.advice, found.own
+        compared = compare_run(run, epsilons=epsilon or (), separation=min_separation, max_vectors=max_vectors)
+        rows, sentences, own, stamps = compared.rows, compared.advice, compared.own, compared.stamps
     else:
         _require_cohort(population, cohort)
+        _require_delta(delta or 0.0, population, allow_large_delta)
         from fedlm.privacy.compare import EPSILONS, advice, compare
 
         rows = compare(
@@ -165,10 +176,11 @@ def compare(
     if plot is not None:
         _plot(rows, own, plot)
     if json:
-        print_json({"rows": [asdict(row) for row in rows], "advice": sentences, **({"run": own} if own else {})})
+        found = {"rows": [asdict(row) for row in rows], "advice": sentences, "stamps": stamps}
+        print_json(found | ({"run": own} if own else {}))
     else:
         _print_rows(rows)
-        print("", *sentences, sep="\n")
+        print("", *sentences, *(f"{stamp}." for stamp in stamps), sep="\n")
 
 
 def _require_numbers(numbers: dict[str, float], run: Path | None) -> None:
@@ -184,6 +196,21 @@ def _require_numbers(numbers: dict[str, float], run: Path | None) -> None:
 def _require_cohort(population: int, cohort: int) -> None:
     if cohort > population:
         raise ConfigError(f"--cohort {cohort} is more than --population {population}; expect fewer users a round")
+
+
+def _require_delta(delta: float, population: int, allowed: bool) -> None:
+    """Refuse a delta at which whole users may be published, unless somebody asks for it."""
+    if delta >= 1 / population and not allowed:
+        raise ConfigError(
+            f"--delta {delta:g} is not below 1 / --population {population} = {1 / population:.3g}, so that whole users "
+            "may be published; lower it, or give --allow-large-delta"
+        )
+
+
+def _stamps(delta: float, population: int) -> tuple[str, ...]:
+    from fedlm.privacy.guarantee import large_delta
+
+    return large_delta(delta, population, things="users", key="--delta") if population else ()
 
 
 def _rule(
@@ -210,40 +237,55 @@ def _create(name: str, rule: Participation, delta: float, **options: Any) -> Mec
     return create(name, rule, delta=delta, **options)
 
 
-def _statement(mechanism: Mechanism, epsilon: float, delta: float, noise_multiplier: float) -> str:
-    rule = mechanism.participation
+def _guarantee(mechanism: Mechanism, epsilon: float, delta: float, noise_multiplier: float) -> Guarantee:
+    from fedlm.privacy.guarantee import Guarantee
+    from fedlm.privacy.statement import UNIT
+
+    rule, noise = mechanism.participation, f"{noise_multiplier:.4g}"
     if (mechanism.name, rule.sampler) == ("gaussian", "poisson"):
-        return (
-            f"({rounded_up(epsilon)}, {delta:g})-differentially private for each user (add or remove one): "
-            f"Gaussian noise of multiplier {noise_multiplier:.4g} in each of {rule.rounds} rounds, "
+        hides = "add or remove one"
+        how = (
+            f"Gaussian noise of multiplier {noise} in each of {rule.rounds} rounds, "
             f"about {rule.cohort} of {rule.population} users Poisson-sampled in each; PLD accounting"
         )
-    return (
-        f"({rounded_up(epsilon)}, {delta:g})-differentially private for each user ({mechanism.adjacency}): noise "
-        f"multiplier {noise_multiplier:.4g} over {rule.rounds} rounds, {mechanism.description}"
-    )
+    else:
+        hides, how = (
+            mechanism.adjacency,
+            f"noise multiplier {noise} over {rule.rounds} rounds, {mechanism.description}",
+        )
+    words = f"({rounded_up(epsilon)}, {delta:g})-differentially private for each user ({hides}): {how}."
+    stamps = _stamps(delta, rule.population)
+    return Guarantee(UNIT, mechanism.adjacency, epsilon, delta, sentences=(words,), warnings=stamps)
 
 
-def _print(
-    json: bool, name: str, value: float, statement: str, mechanism: Mechanism, noise_multiplier: float, delta: float
-) -> None:
-    """Print one value and what it rests on; where devices add the noise, what the server learns too."""
+def _print(json: bool, name: str, value: float, guarantee: Guarantee, mechanism: Mechanism, noise: float) -> None:
+    """Print one value and what it rests on; where devices add the noise, what the server learns too.
+
+    Arguments:
+        json: Print one object.
+        name, value: What was asked for.
+        guarantee: Of the mechanism.
+        mechanism: For Skellam noise.
+        noise: Its multiplier.
+    """
+    from fedlm.privacy.guarantee import to_dict
     from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 
-    found: dict[str, object] = {name: value}
+    found: dict[str, object] = {}
     if isinstance(mechanism, DistributedSkellam):
-        rounds, design = mechanism.participation.rounds, mechanism.design(noise_multiplier, delta=delta)
-        server = mechanism.epsilon_server(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
-        found |= {"epsilon_server": server, "bits": design.bits}
-        statement += (
-            f"; epsilon {rounded_up(server)} against a server that knows the cohorts and gets sums of "
-            f"{mechanism.min_survivors:,} devices or more; {design.bits} bits a coordinate"
+        rounds, design = mechanism.participation.rounds, mechanism.design(noise, delta=guarantee.delta)
+        server = mechanism.epsilon_server(noise_multiplier=noise, num_releases=rounds, delta=guarantee.delta)
+        found = {"epsilon_server": server, "bits": design.bits}
+        against = (
+            f"Epsilon {rounded_up(server)} against a server that knows the cohorts and gets sums of "
+            f"{mechanism.min_survivors:,} devices or more; {design.bits} bits a coordinate."
         )
+        guarantee = replace(guarantee, sentences=(*guarantee.sentences, against))
     if json:
-        print_json({**found, "statement": statement})
+        print_json({**to_dict(guarantee), name: value, **found})
     else:
         # Upwards: with less noise, or for a smaller epsilon, the statement would not hold.
-        print(f"{name} {ceil(value * 1e4) / 1e4:.4f}\n{statement}")
+        print(stamped(f"{name} {ceil(value * 1e4) / 1e4:.4f}", guarantee.warnings), guarantee.statement, sep="\n")
 
 
 def _print_rows(rows: Sequence[Row]) -> None:

@@ -4,9 +4,9 @@ Both are listeners: functions of one event, a dictionary with the key `event`.
 
     stage        text                                            a line
     pretrain     step, steps, loss                               the bar
-    finetune     step, steps, non_private_loss, epsilon, examples_per_second    the bar
+    finetune     step, steps, non_private_loss, epsilon, stamps, examples_per_second    the bar
     device_done  round, done, total                              the bar
-    round        round, rounds, perplexity, epsilon, devices_per_second, megabytes    the bar
+    round        round, rounds, perplexity, epsilon, stamps, devices_per_second, megabytes    the bar
     note         text                                            a warning, shown once and never suppressed
 
 Other events are for other listeners.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from fedlm.rounding import rounded_up
+from fedlm.rounding import rounded_up, stamped
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -89,7 +89,7 @@ def _shown(*, quiet: bool, json: bool) -> Iterator[Listener]:
 def sentence(event: _Event) -> str:
     """Return an event as one line of text; figures that are None or absent are left out.
 
-    >>> sentence({"event": "round", "round": 3, "rounds": 30, "perplexity": None, "epsilon": 0.417})
+    >>> sentence({"event": "round", "round": 3, "rounds": 30, "perplexity": None, "epsilon": 0.417, "stamps": []})
     'round 3/30  epsilon 0.417'
     """
     match event["event"]:
@@ -98,7 +98,7 @@ def sentence(event: _Event) -> str:
         case "finetune":
             figures = [
                 ("non-private loss {:.3f}", event.get("non_private_loss")),
-                ("epsilon {}", None if event.get("epsilon") is None else rounded_up(event["epsilon"])),
+                ("{}", _epsilon(event)),
                 ("{:.1f} examples/s", event.get("examples_per_second")),
             ]
             known = [form.format(value) for form, value in figures if value is not None]
@@ -108,7 +108,7 @@ def sentence(event: _Event) -> str:
         case "round":
             figures = [
                 ("perplexity {:.1f}", event.get("perplexity")),
-                ("epsilon {}", None if event.get("epsilon") is None else rounded_up(event["epsilon"])),
+                ("{}", _epsilon(event)),
                 ("{:.1f} devices/s", event.get("devices_per_second")),
                 ("{:.1f} MB", event.get("megabytes")),
             ]
@@ -118,6 +118,13 @@ def sentence(event: _Event) -> str:
             return f"warning: {event['text']}"
         case _:
             return str(event.get("text", ""))
+
+
+def _epsilon(event: _Event) -> str | None:
+    """Return what was spent, with the verdicts of its stamps."""
+    if event.get("epsilon") is None:
+        return None
+    return stamped(f"epsilon {rounded_up(event['epsilon'])}", event["stamps"])
 
 
 class Lines:

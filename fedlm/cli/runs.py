@@ -11,6 +11,7 @@ import typer
 from fedlm.cli.options import ConfigFile, Json, Overrides, Quiet, RunFolder, RunFolders, read_config
 from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.progress import progress
+from fedlm.rounding import stamped
 
 if TYPE_CHECKING:
     from simulations.summary import RunSummary
@@ -127,7 +128,8 @@ def _example_level(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.example_epsilon is None:
         return []
     spent = f"epsilon {bound(summary.example_epsilon, 3)} at delta {figure(summary.example_delta, 2)}"
-    return [("on the device", f"{spent} for each sequence"), ("", summary.example_statement)]
+    spent = stamped(f"{spent} for each sequence", summary.example_stamps)
+    return [("on the device", spent), ("", summary.example_statement)]
 
 
 def _noise(summary: RunSummary) -> list[tuple[str, str]]:
@@ -165,4 +167,6 @@ def _shown(value: object) -> str:
 
     if value is None:
         return ABSENT
+    if isinstance(value, tuple):
+        return "; ".join(map(str, value)) or ABSENT
     return figure(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

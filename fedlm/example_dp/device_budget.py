@@ -20,9 +20,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedlm.config.schema import Config
-from fedlm.errors import BudgetExceededError
 from fedlm.privacy import accounting
+from fedlm.privacy.guarantee import Guarantee, check_budget
 from fedlm.rounding import rounded_up
+
+_UNIT = "one training sequence of one device"
+_ADJACENCY = "add or remove one sequence"
+_REPRODUCIBLE = "NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise"
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,6 @@ class DeviceBudget:
     clip_norm: float
     reproducible: bool = False
 
-    @property
-    def stamps(self) -> tuple[str, ...]:
-        """The warnings that belong beside the statement."""
-        if not self.reproducible:
-            return ()
-        return ("NOT PRIVATE: privacy.reproducible_noise is on, who knows the seed can subtract the noise",)
-
     def epsilon(self, num_rounds: int) -> float:
         """Return what a device's sequence has spent after `num_rounds` rounds of that device."""
         return accounting.epsilon(
@@ -63,34 +60,37 @@ class DeviceBudget:
             delta=self.delta,
         )
 
-    @property
-    def statement(self) -> str:
-        """The guarantee in words, for a single sequence."""
-        return (
-            f"Example-level differential privacy on each device with epsilon "
-            f"{rounded_up(self.epsilon(self.max_rounds))} at delta {self.delta:g} (unit: one training sequence of one "
-            f"device; adjacency: add or remove one sequence), also against a server that keeps to the protocol, for at "
-            f"most {self.max_rounds:,} rounds of a device, each tried once: {self.steps} steps a round, Poisson "
-            f"sampling of its sequences at q = {self.sampling_rate:g}, noise multiplier z = "
-            f"{self.noise_multiplier:.4g}, clip norm C = "
-            f"{self.clip_norm:g}, PLD accounting. One round costs epsilon {rounded_up(self.epsilon(1))}."
-            + "".join(f" {stamp}." for stamp in self.stamps)
+    def guarantee(self) -> Guarantee:
+        """Return what all rounds of a device together guarantee each of its sequences, whoever sees what it sends."""
+        return Guarantee(
+            unit=_UNIT,
+            adjacency=_ADJACENCY,
+            epsilon=self.epsilon(self.max_rounds),
+            delta=self.delta,
+            sentences=self._sentences(),
+            warnings=(_REPRODUCIBLE,) if self.reproducible else (),
         )
 
-    def figures(self) -> dict[str, object]:
-        """Return the same as JSON-ready values."""
+    def _sentences(self) -> tuple[str, ...]:
+        return (
+            f"Example-level differential privacy on each device with epsilon "
+            f"{rounded_up(self.epsilon(self.max_rounds))} at delta {self.delta:g} (unit: {_UNIT}; adjacency: "
+            f"{_ADJACENCY}), also against a server that keeps to the protocol, for at most {self.max_rounds:,} rounds "
+            f"of a device, each tried once: {self.steps} steps a round, Poisson sampling of its sequences at q = "
+            f"{self.sampling_rate:g}, noise multiplier z = {self.noise_multiplier:.4g}, clip norm C = "
+            f"{self.clip_norm:g}, PLD accounting.",
+            f"One round costs epsilon {rounded_up(self.epsilon(1))}.",
+        )
+
+    def parameters(self) -> dict[str, object]:
+        """Return the public numbers that the guarantee rests on, JSON-ready."""
         return {
-            "unit": "one training sequence of one device",
-            "epsilon": self.epsilon(self.max_rounds),
             "epsilon_of_one_round": self.epsilon(1),
-            "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.clip_norm,
             "sampling_rate": self.sampling_rate,
             "steps": self.steps,
             "max_rounds": self.max_rounds,
-            "statement": self.statement,
-            "stamps": list(self.stamps),
         }
 
 
@@ -114,10 +114,10 @@ def device_budget(config: Config) -> DeviceBudget | None:
     budget = DeviceBudget(
         local.sampling_rate, z, local.steps, max_rounds, local.delta, local.clip_norm, config.privacy.reproducible_noise
     )
-    spent = budget.epsilon(max_rounds)
-    if local.epsilon and spent > local.epsilon * (1 + 1e-4):  # the accountant's fourth digit
-        raise BudgetExceededError(
-            f"local.example_dp.noise_multiplier = {z:.4g} costs epsilon {rounded_up(spent)} in {max_rounds:,} rounds, "
-            f"allowed is {local.epsilon:g}; set it to 0 to calibrate it, or local.example_dp.max_rounds lower"
-        )
+    check_budget(
+        budget.epsilon(max_rounds),
+        local.epsilon,
+        what=f"local.example_dp.noise_multiplier = {z:.4g} in {max_rounds:,} rounds",
+        fix="set it to 0 to calibrate it, or local.example_dp.max_rounds lower",
+    )
     return budget

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from threading import Lock
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,10 @@ from fedlm.example_dp.step_keys import StepKeys
 from fedlm.privacy import accounting
 from fedlm.privacy.composition import Event, composed_epsilon
 from fedlm.privacy.fixed_point import CAPACITY, UNITS
+from fedlm.privacy.guarantee import Guarantee, check_budget
 from fedlm.privacy.noise import MAX_STD, NoiseStream, Uncopied
 from fedlm.privacy.ranges import require_count, require_number
-from fedlm.rounding import rounded_up
+from fedlm.privacy.released_once import ReleasedOnce
 
 _COINS = 2.0**53  # values of a coin: a uniform double is a multiple of 2^-53
 _CLIP_NORMS = (1e-9, 1e9)  # float32 squares gradients of that size without underflow or overflow
@@ -53,21 +54,6 @@ class Phase:
 
     steps: int
     noise_multiplier: float
-
-
-class _Claims:
-    """The steps that were released, so that none is released twice; safe across threads."""
-
-    def __init__(self) -> None:
-        self._steps: set[int] = set()
-        self._lock = Lock()
-
-    def claim(self, step: int) -> None:
-        """Record a step before its noise is drawn; a failure afterwards still counts."""
-        with self._lock:
-            if step in self._steps:
-                raise BudgetExceededError(f"step {step} was already released, its sum may leave once; take the next")
-            self._steps.add(step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +95,7 @@ class ExamplePlan(Uncopied):
     seed: int = field(default=0, repr=False)
     reproducible: bool = False
     _keys: StepKeys = field(init=False, repr=False)
-    _claims: _Claims = field(init=False, repr=False, default_factory=_Claims)
+    _released: ReleasedOnce = field(init=False, repr=False, default_factory=partial(ReleasedOnce, "step"))
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -173,7 +159,13 @@ class ExamplePlan(Uncopied):
             seed=seed,
             reproducible=reproducible,
         )
-        plan._require_budget()
+        if plan.is_private:
+            check_budget(
+                plan.epsilon(plan.num_steps),
+                plan.epsilon_target,
+                what=f"noise multiplier {z:.4g} over {plan.num_steps:,} steps",
+                fix="set example_dp.noise_multiplier = 0 to calibrate it, or example_dp.epsilon = 0 to accept the cost",
+            )
         return plan
 
     @property
@@ -191,19 +183,13 @@ class ExamplePlan(Uncopied):
         """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
-    @property
-    def stamps(self) -> tuple[str, ...]:
-        """The warnings that everything made under this plan carries."""
-        return statement.stamps(self)
+    def guarantee(self) -> Guarantee:
+        """Return what all steps together guarantee each example."""
+        return statement.guarantee(self)
 
-    @property
-    def statement(self) -> str:
-        """The guarantee in words."""
-        return statement.statement(self)
-
-    def figures(self) -> dict[str, object]:
-        """Return the guarantee as JSON-ready values."""
-        return statement.figures(self)
+    def parameters(self) -> dict[str, object]:
+        """Return the public numbers that the guarantee rests on, JSON-ready."""
+        return statement.parameters(self)
 
     def phase_steps(self, phase: int) -> range:
         """Return the steps of a phase, both counted from 0."""
@@ -263,7 +249,7 @@ class ExamplePlan(Uncopied):
         """
         self._check_step(step)
         check_sums(sums, self.rule.clip_norm)
-        self._claims.claim(step)
+        self._released.claim(step)
         if not self.is_private:
             return {name: value.div_(self._divisor) for name, value in sums.items()}
         return noised_means(
@@ -286,19 +272,6 @@ class ExamplePlan(Uncopied):
     def _noise_multiplier_of(self, step: int) -> float:
         self._check_step(step)
         return next(p.noise_multiplier for i, p in enumerate(self.phases) if step in self.phase_steps(i))
-
-    def _require_budget(self) -> None:
-        """Refuse a plan whose steps cost more than its epsilon."""
-        if not (self.is_private and self.epsilon_target):
-            return
-        spent = self.epsilon(self.num_steps)
-        # Another version of the accountant may round otherwise in the fourth digit.
-        if spent > self.epsilon_target * (1 + 1e-4):
-            raise BudgetExceededError(
-                f"noise multiplier {self.phases[0].noise_multiplier:.4g} over {self.num_steps:,} steps costs epsilon "
-                f"{rounded_up(spent)}, allowed is {self.epsilon_target:.4g}; set example_dp.noise_multiplier = 0 to "
-                "calibrate it, or example_dp.epsilon = 0 to accept the cost"
-            )
 
 
 def _noise_multiplier(config: ExampleDpConfig, sampling_probability: float, steps: int) -> float:

@@ -1,10 +1,11 @@
-"""What an example-level plan promises, in words and in figures, with the stamps that take it back."""
+"""What an example-level plan promises its examples in words, with the stamps that take it back."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from fedlm.privacy.guarantee import Guarantee, large_delta
 from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
@@ -14,53 +15,50 @@ UNIT = "example (one sequence or one labelled text)"
 ADJACENCY = "add or remove one"
 
 
-def stamps(plan: ExamplePlan) -> tuple[str, ...]:
+def _stamps(plan: ExamplePlan) -> tuple[str, ...]:
     """Return the warnings that everything made under this plan carries; none if the guarantee is real."""
     if not plan.is_private:
         return ("NOT PRIVATE: example_dp.enabled is false, gradients are neither clipped nor noised",)
     found = []
     if plan.reproducible:
         found.append("NOT PRIVATE: sample and noise follow from the seed, who knows it can subtract the noise")
-    if plan.delta > 1 / plan.num_examples:
-        found.append(
-            f"weak guarantee: delta {plan.delta:g} is above 1 / {plan.num_examples:,} examples, at which whole "
-            f"examples may be published; set example_dp.delta to at most {1 / plan.num_examples:.1e}"
-        )
-    return tuple(found)
+    return (*found, *large_delta(plan.delta, plan.num_examples, things="examples", key="example_dp.delta"))
 
 
-def statement(plan: ExamplePlan) -> str:
-    """Return the guarantee with every figure it rests on, and the stamps."""
-    if not plan.is_private:
-        return stamps(plan)[0] + "."
+def guarantee(plan: ExamplePlan) -> Guarantee:
+    """Return what all steps of a plan guarantee each example, with the stamps."""
+    return Guarantee(
+        unit=UNIT,
+        adjacency=ADJACENCY,
+        epsilon=plan.epsilon(plan.num_steps),
+        delta=plan.delta,
+        sentences=_sentences(plan) if plan.is_private else (),
+        warnings=_stamps(plan),
+    )
+
+
+def _sentences(plan: ExamplePlan) -> tuple[str, ...]:
+    """Return the guarantee with every figure it rests on, and against whom it holds."""
     noise = sorted({phase.noise_multiplier for phase in plan.phases if phase.steps})
-    guarantee = (
+    return (
         f"Example-level differential privacy with epsilon {rounded_up(plan.epsilon(plan.num_steps))} at delta "
         f"{plan.delta:g} (unit: {UNIT}; adjacency: {ADJACENCY}) for all {plan.num_steps:,} steps{_phases(plan)} "
         f"together: DP-SGD, each of {plan.num_examples:,} examples in a step with probability "
         f"q = {plan.sampling_probability:.4g} (Poisson), noise multiplier z = {', '.join(f'{z:.4g}' for z in noise)}, "
-        f"{plan.rule.kind} clipping at C = {plan.rule.clip_norm:g}, PLD accounting."
-    )
-    secret = (
+        f"{plan.rule.kind} clipping at C = {plan.rule.clip_norm:g}, PLD accounting.",
         "It holds against those who see every step's noised gradient and the model, and who know how many examples "
-        "there are; samples, times and non-private metrics must stay secret."
+        "there are; samples, times and non-private metrics must stay secret.",
     )
-    return " ".join([guarantee, secret, *(f"{stamp}." for stamp in stamps(plan))])
 
 
-def figures(plan: ExamplePlan) -> dict[str, object]:
-    """Return the same as JSON-ready values; infinities are None, keys and seed are not among them."""
-    epsilon = plan.epsilon(plan.num_steps)
+def parameters(plan: ExamplePlan) -> dict[str, object]:
+    """Return what the guarantee rests on as JSON-ready values; infinities are None, no key or seed is among them."""
     return {
         "enabled": plan.is_private,
-        "unit": UNIT,
-        "adjacency": ADJACENCY,
         "sampler": "poisson",
         "mechanism": "gaussian",
         "accountant": "pld",
-        "epsilon": _finite(epsilon),
         "epsilon_target": plan.epsilon_target,
-        "delta": plan.delta,
         "clipping": plan.rule.kind,
         "clip_norm": _finite(plan.rule.clip_norm),
         "num_examples": plan.num_examples,
@@ -68,8 +66,6 @@ def figures(plan: ExamplePlan) -> dict[str, object]:
         "sampling_probability": plan.sampling_probability,
         "phases": [{"steps": phase.steps, "noise_multiplier": phase.noise_multiplier} for phase in plan.phases],
         "reproducible": plan.reproducible,
-        "statement": statement(plan),
-        "stamps": list(stamps(plan)),
     }
 
 

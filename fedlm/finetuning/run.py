@@ -25,7 +25,8 @@ from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.trainer import DpTrainer, StepReport
 from fedlm.finetuning.run_files import FinetuneFolder, require_free
 from fedlm.finetuning.workloads import Workload, open_workload
-from fedlm.rounding import rounded_up
+from fedlm.privacy.guarantee import to_dict
+from fedlm.rounding import rounded_up, stamped
 
 Listener = Callable[[dict[str, object]], None]
 _EPSILON_SHARE = 0.05  # of the time at most, to tell epsilon meanwhile: a composition takes seconds
@@ -99,10 +100,11 @@ def finetune(config: Config, out: Path | None, listener: Listener) -> FinetuneSu
     require_free(path)
     workload = open_workload(config, listener)
     plan = make_plan(config, len(workload.examples))
+    guarantee = plan.guarantee()
     folder = FinetuneFolder(path)
     folder.text("config.toml", config_to_toml(config))
-    folder.json("plan.json", plan.figures())
-    for stamp in plan.stamps:
+    folder.json("plan.json", {**to_dict(guarantee), **plan.parameters()})
+    for stamp in guarantee.warnings:
         listener({"event": "note", "text": stamp})
     progress = _Progress(plan, folder, listener)
     try:
@@ -113,7 +115,7 @@ def finetune(config: Config, out: Path | None, listener: Listener) -> FinetuneSu
     except KeyboardInterrupt as error:
         raise Interrupted(progress.lost()) from error
     with folder.weights() as weights:
-        workload.save(weights)
+        workload.save(weights, guarantee)
     summary = _summary(workload, plan, progress, trained, (first, last), bleu, time.monotonic() - started)
     folder.json("summary.json", asdict(summary))
     return summary
@@ -129,7 +131,7 @@ def _summary(
     seconds: float,
 ) -> FinetuneSummary:
     scores = {"accuracy": (None, None), "perplexity": (None, None), workload.metric: scored}
-    epsilon = plan.epsilon(plan.num_steps)
+    guarantee = plan.guarantee()
     return FinetuneSummary(
         run_dir=str(progress.path),
         task=workload.config.finetune.task,
@@ -140,11 +142,11 @@ def _summary(
         perplexity_initial=scores["perplexity"][0],
         perplexity=scores["perplexity"][1],
         bleu=bleu,
-        epsilon=epsilon if math.isfinite(epsilon) else None,
-        delta=plan.delta,
+        epsilon=guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,
+        delta=guarantee.delta,
         noise_multiplier=plan.phases[-1].noise_multiplier,
-        privacy_statement=plan.statement,
-        stamps=plan.stamps,
+        privacy_statement=guarantee.statement,
+        stamps=guarantee.warnings,
         num_trained=sum(tensor.numel() for tensor in trained),
         update_bytes=sum(tensor.numel() * tensor.element_size() for tensor in trained),
         peak_mb=_peak_mb(),
@@ -201,6 +203,7 @@ class _Progress:
 
     def __init__(self, plan: ExamplePlan, folder: FinetuneFolder, listener: Listener) -> None:
         self._plan, self._folder, self._listener = plan, folder, listener
+        self._stamps = plan.guarantee().warnings
         self._done, self._phase, self._epsilon = 0, 0, 0.0
         self._last = self._epsilon_due = time.monotonic()
         self.seconds = 0.0
@@ -225,8 +228,9 @@ class _Progress:
             self._epsilon_due = now + (time.monotonic() - now) / _EPSILON_SHARE
         if ended or report.step % -(-total // _NUM_LINES) == 0 or report.step == 1:
             self._folder.metric(
-                {"phase": self._phase, **asdict(report), "epsilon_at_least": self._epsilon, "seconds": self.seconds}
-            )
+                {"phase": self._phase, **asdict(report), "epsilon_at_least": self._epsilon, "stamps": self._stamps,
+                 "seconds": self.seconds}
+            )  # fmt: skip
         loss = report.non_private_loss
         self._listener(
             {
@@ -235,6 +239,7 @@ class _Progress:
                 "steps": total,
                 "non_private_loss": loss if math.isfinite(loss) else None,
                 "epsilon": self._epsilon if math.isfinite(self._epsilon) else None,
+                "stamps": self._stamps,
                 "examples_per_second": self._plan.batch_size / seconds if seconds else None,
             }
         )
@@ -253,7 +258,8 @@ class _Progress:
         if not self._done:
             return "interrupted before the first step; nothing was released"
         epsilon = self._plan.epsilon(self._done)
-        spent = f"; epsilon {rounded_up(epsilon)} was spent on them" if math.isfinite(epsilon) else ""
+        figure = stamped(f"epsilon {rounded_up(epsilon)}", self._stamps)
+        spent = f"; {figure} was spent on them" if math.isfinite(epsilon) else ""
         return (
             f"interrupted after step {self._done} of {self._plan.num_steps}; there is no checkpoint, the trained "
             f"weights are lost{spent}. {self._folder.path} keeps the metrics"

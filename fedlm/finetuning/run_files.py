@@ -5,6 +5,7 @@
     metrics.jsonl         a line now and then; fields named non_private_* and seconds are not covered by the guarantee
     summary.json          the figures of the finished run
     weights/
+        README.md, privacy.json   the guarantee, for people and for programs; in adapter/ too
         adapter/          LoRA: a peft adapter folder
         trained.safetensors   every other trained tensor, by its name in the stock model
 

@@ -34,7 +34,9 @@ from fedlm.models.encoders import Encoder, load_encoder
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
 from fedlm.models.transformer import TransformerModel
-from fedlm.models.weights import set_weights
+from fedlm.models.weights import in_order, set_weights
+from fedlm.privacy.guarantee import Guarantee
+from fedlm.privacy.model_card import write_model_card
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, build_trainable
@@ -91,20 +93,24 @@ class Workload(ABC, Generic[BatchT]):
     def note_noise(self, trained: Collection[str], noise_std: float, learning_rate: float) -> None:
         """Be told of a step's noise in what trained; a model with Re-Attention corrects for it."""
 
-    def save(self, folder: Path) -> None:
-        """Write whatever trained in any phase."""
+    def save(self, folder: Path, guarantee: Guarantee) -> None:
+        """Write whatever trained in any phase, and what its training guarantees."""
         lora = self.config.trainable.lora
         if lora.rank:
             host: Any = self.model  # asked for its named parameters alone
             causal = isinstance(self.model, LanguageModel)
-            save_adapter(host, {}, lora, folder / "adapter", base=self.config.model.name, causal=causal)
+            save_adapter(
+                host, {}, lora, folder / "adapter", base=self.config.model.name, guarantee=guarantee, causal=causal
+            )
         tensors = {
             name.replace(".base_layer", ""): tensor.detach().cpu().contiguous()
             for name, tensor in self._trained.items()
             if ".lora_" not in name
         }
         if tensors:
-            (folder / TRAINED).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+            metadata = {"format": "pt", "privacy_statement": guarantee.statement}
+            (folder / TRAINED).write_bytes(in_order(safetensors.torch.save(tensors, metadata=metadata)))
+        write_model_card(folder, guarantee)
 
 
 class ClassificationWorkload(Workload[TextBatch]):

@@ -7,6 +7,7 @@ frozen*: tensors set without a copy get `requires_grad = False`; whoever trains 
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -35,6 +36,19 @@ def weights(model: LanguageModel) -> dict[str, Array]:
         A tied model has no "output_table", a model without output bias no "output_bias".
     """
     return {name: tensor.detach().cpu().numpy() for name, tensor in _tensors(model).items()}
+
+
+def in_order(file: bytes) -> bytes:
+    """Return a safetensors file with its metadata in alphabetical order: the library's own order is another each time.
+
+    So equal weights are equal files.
+    """
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def set_weights(model: LanguageModel, arrays: Mapping[str, Array], copy: bool = False) -> None:

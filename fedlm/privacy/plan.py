@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
-from threading import Lock
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,14 +35,16 @@ from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
+from fedlm.privacy.guarantee import Guarantee, check_budget
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.release import Floats, Release
+from fedlm.privacy.released_once import ReleasedOnce
 from fedlm.privacy.riders import Rider
 from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.skellam import Skellam
-from fedlm.privacy.statement import figures, stamps, statement
+from fedlm.privacy.statement import guarantee, parameters
 from fedlm.privacy.terms import PrivacyTerms
 from fedlm.trainable.spec import UpdateSpec, Vector
 
@@ -52,26 +54,6 @@ _LARGEST_GAIN = (
     64  # of correlated noise over its largest draw: about 2 for BLT and banded, 34 for a tree over 2,000 rounds
 )
 _NO_DEVICES = "the corpus needs at least one training user"
-
-
-class _Released:
-    """The rounds that this process has released, so that no round is released twice; safe across threads."""
-
-    def __init__(self) -> None:
-        self._rounds: set[int] = set()
-        self._lock = Lock()
-        self.cohort_sizes: dict[int, int] = {}  # of the rounds whose cohort was sampled
-
-    def claim(self, round_number: int, most: float) -> None:
-        """Record the round before its noise is drawn; a failure afterwards still counts."""
-        with self._lock:
-            if round_number in self._rounds:
-                raise BudgetExceededError(
-                    f"round {round_number} was already released, its data may leave once; keep the vector"
-                )
-            if len(self._rounds) >= most:
-                raise BudgetExceededError(f"all {most:,} planned rounds were released; plan more rounds at the start")
-            self._rounds.add(round_number)
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,10 @@ class PrivacyPlan(PrivacyTerms):
     seed: int = field(repr=False)
     cohort_key: CohortKey | None = field(repr=False, compare=False)
     _token: InitVar[object]
-    _released: _Released = field(init=False, repr=False, compare=False, default_factory=_Released)
+    _released: ReleasedOnce = field(
+        init=False, repr=False, compare=False, default_factory=partial(ReleasedOnce, "round")
+    )
+    _cohort_sizes: dict[int, int] = field(init=False, repr=False, compare=False, default_factory=dict)
     _noise: RunNoise = field(init=False, repr=False, compare=False)
 
     def __post_init__(self, _token: object) -> None:
@@ -283,7 +268,7 @@ class PrivacyPlan(PrivacyTerms):
         # Their noise is shared out among so many; that a cohort is larger has a part of delta.
         most = self.mechanism.max_devices if isinstance(self.mechanism, DistributedSkellam) else len(cohort)
         cohort = cohort[:most]
-        self._released.cohort_sizes[round_number] = len(cohort)
+        self._cohort_sizes[round_number] = len(cohort)
         return cohort
 
     def new_ledger(self) -> ParticipationLedger:
@@ -320,7 +305,7 @@ class PrivacyPlan(PrivacyTerms):
         if total.size != spec.size:
             raise DataError(f"cannot release a sum of {total.size:,} coordinates for a round of {spec.size:,}")
         total._live()
-        self._released.claim(round_number, self.rounds if self.enabled else math.inf)
+        self._released.claim(round_number, most=self.rounds if self.enabled else math.inf)
         clipper, num_devices = total.clipper, total.num_devices
         vector = total._take()  # (P + Q,) int64, or (padded,) encoded
         if clipper.encoder:
@@ -366,7 +351,7 @@ class PrivacyPlan(PrivacyTerms):
                 f"cannot release a sum whose devices added other noise than that of the mechanism "
                 f"{self.mechanism.name!r}; make it with this plan's clipper"
             )
-        known = self._released.cohort_sizes
+        known = self._cohort_sizes
         sampled = known[round_number] if round_number in known else len(self.sample_cohort(round_number))
         if total.num_devices > sampled:
             raise DataError(
@@ -400,21 +385,16 @@ class PrivacyPlan(PrivacyTerms):
         done = require_count("num_releases_so_far", num_releases_so_far)
         if self.enabled and done >= self.rounds:
             raise BudgetExceededError(
-                f"{done:,} releases were made, {self.rounds:,} are paid for "
-                f"(epsilon {self.epsilon(self.rounds):.4g}); start a new run with more rounds"
+                f"{done:,} releases were made, {self.rounds:,} are paid for; start a new run with more rounds"
             )
 
-    def stamps(self) -> tuple[str, ...]:
-        """Return the warnings that every report of this run carries; see `fedlm.privacy.statement`."""
-        return stamps(self)
+    def guarantee(self) -> Guarantee:
+        """Return what all releases together guarantee each user."""
+        return guarantee(self)
 
-    def statement(self) -> str:
-        """Return the guarantee in words, with every figure it rests on, and the stamps."""
-        return statement(self)
-
-    def figures(self) -> dict[str, object]:
-        """Return the guarantee as JSON-ready figures; an infinite epsilon or clip norm is None."""
-        return figures(self)
+    def parameters(self) -> dict[str, object]:
+        """Return the public numbers that the guarantee rests on, JSON-ready."""
+        return parameters(self)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: a copy would release rounds again, and the plan holds the key of the cohorts."""
@@ -425,14 +405,12 @@ class PrivacyPlan(PrivacyTerms):
     def _within_budget(self) -> PrivacyPlan:
         """Return the plan if its T releases cost at most its epsilon."""
         if self.enabled and self.epsilon_target:
-            spent = self.epsilon(self.rounds)
-            # Another version of the accountant may round otherwise in the fourth digit.
-            if spent > self.epsilon_target * (1 + 1e-4):
-                raise BudgetExceededError(
-                    f"noise multiplier {self.noise_multiplier:.4g} over {self.rounds:,} rounds costs epsilon "
-                    f"{spent:.4g}, allowed is {self.epsilon_target:.4g}; set privacy.noise_multiplier = 0 to "
-                    "calibrate it, or privacy.epsilon = 0 to accept the cost"
-                )
+            check_budget(
+                self.epsilon(self.rounds),
+                self.epsilon_target,
+                what=f"noise multiplier {self.noise_multiplier:.4g} over {self.rounds:,} rounds",
+                fix="set privacy.noise_multiplier = 0 to calibrate it, or privacy.epsilon = 0 to accept the cost",
+            )
         return self
 
 

@@ -1,10 +1,11 @@
-"""What a plan promises, in words and in figures, with the stamps that take it back where it does not hold."""
+"""What a plan promises its users in words, with the stamps that take it back where it does not hold."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from fedlm.privacy.guarantee import Guarantee, large_delta
 from fedlm.privacy.mechanisms.participations import ZERO_OUT, most_participations
 from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.rounding import rounded_up
@@ -17,7 +18,7 @@ _ACCOUNTANTS = {
     "rdp": "RDP accounting",
     "gaussian": "accounting of the Gaussian mechanism in closed form",
 }
-_UNIT = "user (all data of one device)"
+UNIT = "user (all data of one device)"
 
 
 def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
@@ -47,16 +48,27 @@ def stamps(terms: PrivacyTerms) -> tuple[str, ...]:
             f"{terms.population:,} users a round; the simulated {terms.cohort:,} of {terms.fleet_size:,} got "
             f"epsilon {rounded_up(real)}"
         )
+    found += large_delta(terms.delta, terms.population, things="users", key="privacy.delta")
     return tuple(found)
 
 
-def statement(terms: PrivacyTerms) -> str:
-    """Return the guarantee with every figure it rests on, and the stamps."""
-    if not terms.enabled:
-        return stamps(terms)[0] + "."
+def guarantee(terms: PrivacyTerms) -> Guarantee:
+    """Return what all releases of a run under these terms guarantee each user, with the stamps."""
+    return Guarantee(
+        unit=UNIT,
+        adjacency=terms.mechanism.adjacency,
+        epsilon=terms.epsilon(terms.rounds),
+        delta=terms.delta,
+        sentences=_sentences(terms) if terms.enabled else (),
+        warnings=stamps(terms),
+    )
+
+
+def _sentences(terms: PrivacyTerms) -> tuple[str, ...]:
+    """Return the guarantee with every figure it rests on, and against whom it holds."""
     epsilon = rounded_up(terms.epsilon(terms.rounds))
     guarantee = (
-        f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {_UNIT}; "
+        f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {UNIT}; "
         f"adjacency: {terms.mechanism.adjacency}) for all {terms.rounds:,} releases together: "
         f"{terms.mechanism.description}, noise multiplier z = {terms.noise_multiplier:.4g}, "
         f"{_clip(terms)}{_queries(terms)}, {_ACCOUNTANTS[terms.accountant]}."
@@ -64,7 +76,7 @@ def statement(terms: PrivacyTerms) -> str:
     secret = "It holds against those who see only the releases"
     if terms.cohorts_are_secret:
         secret += " and do not know the cohorts"
-    return " ".join([guarantee, f"{secret}.", *_server(terms), *(f"{stamp}." for stamp in stamps(terms))])
+    return (guarantee, f"{secret}.", *_server(terms))
 
 
 def _server(terms: PrivacyTerms) -> tuple[str, ...]:
@@ -101,23 +113,19 @@ def _queries(terms: PrivacyTerms) -> str:
     return f"; {', '.join(names)} included" if names else ""
 
 
-def figures(terms: PrivacyTerms) -> dict[str, object]:
-    """Return the same as JSON-ready values; infinities are None, no secret is among them."""
+def parameters(terms: PrivacyTerms) -> dict[str, object]:
+    """Return what the guarantee rests on as JSON-ready values; infinities are None, no secret is among them."""
     return {
         "enabled": terms.enabled,
-        "unit": _UNIT,
-        "adjacency": terms.mechanism.adjacency,
         "sampler": terms.mechanism.participation.sampler,
         "mechanism": terms.mechanism.name,
         "accountant": terms.accountant,
         "allocation": terms.adaptation.allocation,
         "prefix_rmse": terms.mechanism.prefix_rmse() * terms.noise_multiplier,
-        "epsilon": _finite(terms.epsilon(terms.rounds)),
         "epsilon_of_this_fleet": _finite(terms.epsilon_of_this_fleet(terms.rounds)),
         "epsilon_server": _finite(math.inf if terms.epsilon_server is None else terms.epsilon_server),
         "epsilon_as_published": _finite(terms.epsilon_as_published or math.inf),
         "epsilon_target": terms.epsilon_target,
-        "delta": terms.delta,
         "noise_multiplier": terms.noise_multiplier,
         "clip_norm": _finite(terms.clip_norm),
         "rounds": terms.rounds,
@@ -128,8 +136,6 @@ def figures(terms: PrivacyTerms) -> dict[str, object]:
         "cohort": terms.cohort,
         "reproducible_noise": terms.reproducible_noise,
         "reproducible_cohorts": terms.reproducible_cohorts,
-        "statement": statement(terms),
-        "stamps": list(stamps(terms)),
     }
 
 

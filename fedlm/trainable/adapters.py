@@ -1,4 +1,5 @@
-"""LoRA adapters as peft adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA adapters as peft adapter folders: `adapter_config.json` and `adapter_model.safetensors`, and beside them what
+their training guarantees.
 
 A folder written here loads with `peft.PeftModel.from_pretrained(base, folder)` onto the stock Hugging Face model of the
 same name, and a folder that peft wrote starts a run (`trainable.lora.adapter`).
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from fedlm.config.schema import LoraConfig
 from fedlm.errors import DataError
 from fedlm.models.base import LanguageModel
+from fedlm.models.weights import in_order
+from fedlm.privacy.guarantee import Guarantee
+from fedlm.privacy.model_card import write_model_card
 from fedlm.trainable.spec import Vector
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,6 +42,7 @@ def save_adapter(
     folder: Path,
     *,
     base: str,
+    guarantee: Guarantee,
     causal: bool = True,
 ) -> None:
     """Write the adapter of a model as a peft adapter folder.
@@ -48,6 +53,7 @@ def save_adapter(
         config: The LoRA section that injected them.
         folder: Made if missing.
         base: What the adapter adapts, for the reader.
+        guarantee: Of the run that trained it; the folder carries it in full, so that it can be given away.
         causal: False: the model is an encoder, and peft is to wrap it as a plain model.
     """
     targets, tensors = set(), {}
@@ -63,7 +69,9 @@ def save_adapter(
         settings.task_type = None
     settings.save_pretrained(str(folder))
     # Not `save_file`: whatever the umask says, the file would be its owner's alone, and an adapter is to be published.
-    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    metadata = {"format": "pt", "privacy_statement": guarantee.statement}
+    (folder / WEIGHTS).write_bytes(in_order(save(tensors, metadata=metadata)))
+    write_model_card(folder, guarantee)
 
 
 @torch.no_grad()

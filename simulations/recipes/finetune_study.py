@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 from fedlm.config import load_config
 from fedlm.errors import FedlmError
 from simulations.recipes import study
-from simulations.recipes.study import Line, call, number, read_results, run_all, settings_key
+from simulations.recipes.study import Line, call, number, read_results, run_all, settings_key, with_stamps
 
 FILE = study.RESULTS / "finetune_study.jsonl"
 FILES: dict[str, dict[str, str]] = {
@@ -170,7 +170,7 @@ def table(jobs: Sequence[Job], lines: Mapping[str, Line]) -> Iterator[str]:
                 task,
                 variant,
                 f"{found[0]['num_trained']:,}",
-                f"{epsilon:g}" if epsilon else "not private",
+                with_stamps(f"{epsilon:g}", found) if epsilon else "not private",
                 metric,
                 f"{mean(before):.4g}" if before else "-",
                 f"{mean(values):.4g}" + (f" ± {stdev(values) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from fedlm.config import load_config
 from fedlm.errors import FedlmError
 from simulations.recipes import study
-from simulations.recipes.study import Line, call, difference, number, read_results, run_all, settings_key
+from simulations.recipes.study import Line, call, difference, number, read_results, run_all, settings_key, with_stamps
 
 RECIPE = Path(__file__).with_name("privacy_study.toml")
 RESULTS = study.RESULTS / "privacy_study.jsonl"
@@ -137,13 +137,17 @@ def table(jobs: Iterable[Job], lines: Mapping[str, Line]) -> Iterator[str]:
         cells = (
             "none" if variant == NOISELESS else f"{epsilon:g}",
             variant,
-            "-" if variant == NOISELESS else f"{max(number(line, 'epsilon') for line in by_seed.values()):.3g}",
+            "-" if variant == NOISELESS else _spent(by_seed.values()),
             f"{mean(found.values()):.1f}",
             ", ".join(f"{value:.1f}" for value in found.values()),
             f"{base:.1f}",
             "-" if variant == REFERENCE else difference(found, perplexities(rows.get((epsilon, REFERENCE), {}))),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def _spent(lines: Collection[Line]) -> str:
+    return with_stamps(f"{max(number(line, 'epsilon') for line in lines):.3g}", lines)
 
 
 def perplexities(by_seed: Mapping[int, Line]) -> dict[int, float]:

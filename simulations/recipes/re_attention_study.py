@@ -45,7 +45,7 @@ from fedlm.randomness import seed_key
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, build_trainable
 from fedlm.training.base import has_base, load_base
 from fedlm.training.pretrain import pretrain
-from simulations.recipes.study import RESULTS, Line, append_result, difference, read_results
+from simulations.recipes.study import RESULTS, Line, append_result, difference, read_results, with_stamps
 
 VARIANTS = ("off", "absolute", "per_frequency")
 REFERENCE = "off"
@@ -195,7 +195,11 @@ def run(job: Job, vocabulary: Vocabulary, train: Batch, test: Batch) -> dict[str
     trainer.train(after_step)
     named = {"variant": job.variant, "epsilon_target": job.epsilon, "seed": job.seed, "corpus": job.corpus}
     figures = {"perplexity_initial": base, **score(model, test, frequencies)}
-    spent = {"epsilon": plan.epsilon(sizes.steps), "seconds": time.monotonic() - start}
+    spent = {
+        "epsilon": plan.epsilon(sizes.steps),
+        "stamps": plan.guarantee().warnings,
+        "seconds": time.monotonic() - start,
+    }
     return {"key": job.key, **named, **figures, **spent}
 
 
@@ -265,7 +269,7 @@ def _row(epsilon: float, variant: str, these: dict[int, Line], reference: dict[i
     rare, reference_rare = ({s: _rare(line) for s, line in x.items()} for x in (these, reference))
     is_reference = variant == REFERENCE
     cells = (
-        f"{epsilon:g}",
+        with_stamps(f"{epsilon:g}", these.values()),
         variant,
         f"{mean(perplexity.values()):.1f}",
         "-" if is_reference else difference(perplexity, reference_perplexity, 2),

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from fedlm.config import Config
 from fedlm.config.keys import keys, to_flat
 from fedlm.errors import DataError, FedlmError
+from fedlm.rounding import stamped
 
 RESULTS = Path(__file__).parent / "results"
 Line = Mapping[str, Any]
@@ -122,6 +123,11 @@ def difference(these: Mapping[int, float], reference: Mapping[int, float], digit
 def number(line: Line, name: str) -> float:
     """Return a figure; JSON has null for infinity."""
     return math.inf if line[name] is None else float(line[name])
+
+
+def with_stamps(figure: str, lines: Iterable[Line]) -> str:
+    """Return the epsilon of several runs with the verdicts of their stamps; the oldest lines of a file have none."""
+    return stamped(figure, [stamp for line in lines for stamp in line.get("stamps", ())])
 
 
 def call(verb: str, words: Sequence[str], deadline_s: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedlm.errors import DataError
 from fedlm.privacy.compare import Row
+from fedlm.rounding import stamped
 from simulations.report.axes import Axis
 from simulations.report.figures import bound, figure
 from simulations.report.lines import Mark, Series, line_chart
@@ -81,7 +82,8 @@ def mechanism_section(record: RunRecord) -> list[Markup]:
     if record.comparison is None:
         return []
     rows, own, advice = _read(record, record.comparison)
-    own_words = f"{own['mechanism']}: RMSE {figure(own['prefix_rmse'])} at epsilon {bound(own['epsilon'])}"
+    spent = stamped(f"epsilon {bound(own['epsilon'])}", record.stamps)
+    own_words = f"{own['mechanism']}: RMSE {figure(own['prefix_rmse'])} at {spent}"
     chart = card(
         _TITLE,
         "Root mean square noise of a coordinate of the prefix sums of all releases, which is where the model is; the "
@@ -96,7 +98,12 @@ def mechanism_section(record: RunRecord) -> list[Markup]:
             "section",
             text("h2", "Which mechanism"),
             element("div", chart, words, class_="columns"),
-            element("details", element("summary", escape("All mechanisms")), table(*cells(rows), "All mechanisms")),
+            element(
+                "details",
+                element("summary", escape("All mechanisms")),
+                text("p", stamped("For the accounted fleet and the delta of this run.", record.stamps), class_="note"),
+                table(*cells(rows), "All mechanisms"),
+            ),
         )
     ]
 

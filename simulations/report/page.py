@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlm.errors import OutputError
+from fedlm.rounding import verdict
 from simulations.report.audits import audit_section
 from simulations.report.figures import bound, change, column, count, duration, figure, moment, size_unit
 from simulations.report.markup import Markup, element, escape, text
@@ -58,7 +59,7 @@ def render(record: RunRecord) -> Markup:
     """Return the page of a run, without its document type."""
     summary = summarise_record(record)
     name = record.path.resolve().name
-    title = " · ".join([*map(_short, record.stamps), name, "fedlm run"])
+    title = " · ".join([*map(verdict, record.stamps), name, "fedlm run"])
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -88,7 +89,7 @@ def render(record: RunRecord) -> Markup:
 def _header(record: RunRecord, summary: RunSummary, name: str) -> Markup:
     chips = [
         text("span", record.status, class_="chip"),
-        *(_stamp(_short(stamp), "chip alarm", "span") for stamp in record.stamps),
+        *(_stamp(verdict(stamp), "chip alarm", "span") for stamp in record.stamps),
     ]
     started = record.start.get("time")
     facts = [count(summary.rounds, "round"), count(summary.devices_trained, "device training")]
@@ -133,7 +134,7 @@ def _perplexity_tile(summary: RunSummary) -> Markup:
     before, after = summary.perplexity_initial, summary.perplexity
     if before is None or after is None:
         return _tile("perplexity", figure(after), "no evaluation before training", wide=True)
-    verdict = f"{change(before, after)} than the base" if before != after else "as the base"
+    found = f"{change(before, after)} than the base" if before != after else "as the base"
     value = element(
         "p",
         text("span", figure(before), class_="before"),
@@ -145,7 +146,7 @@ def _perplexity_tile(summary: RunSummary) -> Markup:
         "div",
         text("p", "perplexity", class_="tile-name"),
         value,
-        text("p", verdict, class_="note strong"),
+        text("p", found, class_="note strong"),
         class_="tile wide",
     )
 
@@ -159,7 +160,7 @@ def _epsilon_tile(record: RunRecord, summary: RunSummary) -> Markup:
 
 
 def _tile(name: str, value: str, note: str, *, wide: bool = False, stamps: tuple[str, ...] = ()) -> Markup:
-    warnings = [_stamp(_short(stamp), "note warn") for stamp in stamps]
+    warnings = [_stamp(verdict(stamp), "note warn") for stamp in stamps]
     return element(
         "div",
         text("p", name, class_="tile-name"),
@@ -172,11 +173,11 @@ def _tile(name: str, value: str, note: str, *, wide: bool = False, stamps: tuple
 
 def _privacy(record: RunRecord) -> Markup:
     banner = [element("div", *(_stamp(stamp, "stamp") for stamp in record.stamps), class_="stamps")]
-    statement = str(record.privacy.get("statement") or "This run makes no privacy statement.")
+    statement = str(record.privacy.get("privacy_statement") or "This run makes no privacy statement.")
     figures = [
         (key.replace("_", " "), _figure(key, value))
         for key, value in [*record.privacy.items(), *_realised(record).items()]
-        if key not in {"statement", "stamps"} and not isinstance(value, dict | list)
+        if key not in {"privacy_statement", "stamps"} and not isinstance(value, dict | list)
         if value is not None or key not in _RARE
     ]
     claim = element("div", text("h2", "Privacy"), text("p", statement, class_="statement"), *_example_level(record))
@@ -191,8 +192,11 @@ def _privacy(record: RunRecord) -> Markup:
 
 def _example_level(record: RunRecord) -> tuple[Markup, ...]:
     """Return what each device guarantees for its own sequences, apart from the user-level claim."""
-    statement = record.example_level.get("statement")
-    return (text("p", str(statement), class_="statement"),) if statement else ()
+    statement = record.example_level.get("privacy_statement")
+    if not statement:
+        return ()
+    warnings = (_stamp(stamp, "note warn") for stamp in record.example_stamps)
+    return (text("p", str(statement), class_="statement"), *warnings)
 
 
 def _figure(key: str, value: Any) -> Any:
@@ -217,38 +221,35 @@ def _stamp(stamp: str, style: str, tag: str = "p") -> Markup:
     return text(tag, f"\N{WARNING SIGN}\N{VARIATION SELECTOR-15} {stamp}", class_=style)
 
 
-def _short(stamp: str) -> str:
-    """Return a stamp's verdict without the reason that may follow it."""
-    return stamp.partition(":")[0]
-
-
 def _section(title: str, *panels: Markup) -> Markup:
     return element("section", text("h2", title), element("div", *panels, class_="columns"))
 
 
 def _releases(record: RunRecord) -> list[Markup]:
-    panels = release_panels(record)
+    panels = [*release_panels(record), *metric_panels(record)]
     return [_section("Releases", *panels)] if panels else []
 
 
 def _diagnostics(record: RunRecord) -> Markup:
-    measured = any(line.get("non_private") for line in record.metrics)
     label = (
         element(
             "p",
             text("strong", "Simulation only, not private."),
-            escape(" Computed from the devices' raw updates, which a deployed server never sees."),
+            escape(
+                " The devices' norms and the clipped share are computed from raw updates, which a deployed server "
+                "never sees; what was released stands beside them to compare."
+            ),
             class_="label",
         )
-        if measured
+        if record.has_raw
         else escape("")
     )
     return element(
         "section",
         text("h2", "Updates"),
         label,
-        element("div", *diagnostic_panels(record), *metric_panels(record), class_="columns"),
-        class_="raw" if measured else None,
+        element("div", *diagnostic_panels(record), class_="columns"),
+        class_="raw" if record.has_raw else None,
     )
 
 
@@ -259,7 +260,7 @@ def _details(record: RunRecord) -> Markup:
     return element(
         "section",
         text("h2", "Details"),
-        fold("Rounds", rounds_table(record)),
+        fold("Rounds", *(_stamp(stamp, "note warn") for stamp in record.stamps), rounds_table(record)),
         fold("Configuration", element("pre", text("code", record.config_text), tabindex="0")),
         fold("Versions and machine", pairs([*versions.items(), *machine])),
         *_fleet(record.start.get("fleet") or {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from fedlm.rounding import stamped
 from simulations.report.axes import Axis, suits_log
 from simulations.report.bars import Bar, bar_chart
 from simulations.report.figures import bound, change, count, data_size, figure, share, size_unit
@@ -62,7 +63,7 @@ def epsilon_panel(record: RunRecord) -> Markup:
     target = number(record.config().get("privacy", {}), "epsilon")
     return card(
         "Epsilon by round",
-        f"Privacy loss spent so far, at delta {delta}.",
+        stamped(f"Privacy loss spent so far, at delta {delta}.", record.stamps),
         line_chart(
             [Series("epsilon", points, end=bound(points[-1][1]))],
             title="Epsilon by round",
@@ -76,9 +77,8 @@ def epsilon_panel(record: RunRecord) -> Markup:
 
 
 def diagnostic_panels(record: RunRecord) -> list[Markup]:
-    """Return the update norms and the clipped share, from raw updates that only a simulation can see."""
-    raw = [{"round": line["round"], **(line.get("non_private") or {})} for line in record.metrics]
-    return [_norms(record, raw), _clipping(raw)]
+    """Return the norms of what was released and, where devices told it, their own norms and the clipped share."""
+    return [_norms(record), *_clipping(record)]
 
 
 def fleet_panels(record: RunRecord) -> list[Markup]:
@@ -98,12 +98,13 @@ def _learning(title: str, points: tuple[Point, ...], x: Axis, height: float, not
     return card(title, note, line_chart([series], title=title, description=story, x=x, y=y, height=height))
 
 
-def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
-    series = [
-        Series("released", points_of(record.metrics, "update_norm")),
-        Series("devices, p90", points_of(raw, "client_norm_p90"), tone="c"),
-        Series("devices, median", points_of(raw, "client_norm_median"), tone="b"),
+def _norms(record: RunRecord) -> Markup:
+    own = [
+        Series("devices, p90", points_of(record.raw, "client_norm_p90"), tone="c"),
+        Series("devices, median", points_of(record.raw, "client_norm_median"), tone="b"),
     ]
+    compared = " and the devices' own updates before clipping" if any(one.points for one in own) else ""
+    series = [Series("released", points_of(record.metrics, "update_norm")), *own]
     values = [value for one in series for _, value in one.points]
     if not values:
         return _absent("Update norms by round", "No round has been trained yet.")
@@ -113,7 +114,6 @@ def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
         clip_norm = None
         series.append(Series("clip norm", clip_norms, tone="d"))
         values += [value for _, value in clip_norms]
-    compared = " and the devices' own updates before clipping" if any(one.points for one in series[1:]) else ""
     return card(
         "Update norms by round",
         f"L2 norms of the released mean with its noise{compared}.",
@@ -128,10 +128,16 @@ def _norms(record: RunRecord, raw: Sequence[Record]) -> Markup:
     )
 
 
-def _clipping(raw: Sequence[Record]) -> Markup:
-    points = tuple((place, 100 * share) for place, share in points_of(raw, "clip_fraction"))
-    if not points:
-        return _absent("Clipped devices by round", "This run did not measure it.")
+def _clipping(record: RunRecord) -> list[Markup]:
+    points = tuple((place, 100 * share) for place, share in points_of(record.raw, "clip_fraction"))
+    if points:
+        return [_clipped(points)]
+    if points_of(record.dp_metrics, "clip_fraction"):
+        return []  # among the releases
+    return [_absent("Clipped devices by round", "This run did not measure it.")]
+
+
+def _clipped(points: tuple[Point, ...]) -> Markup:
     return card(
         "Clipped devices by round",
         "Share of devices whose update was longer than the clip norm.",

@@ -36,8 +36,7 @@ def release_panels(record: RunRecord) -> list[Markup]:
 
 def metric_panels(record: RunRecord) -> list[Markup]:
     """Return a chart for each DP metric: as it left the devices, beside the devices' own mean where it was measured."""
-    lines = record.trained_rounds
-    names = dict.fromkeys(name for line in lines for name in line.get("dp_metrics") or {})
+    names = dict.fromkeys(name for line in record.dp_metrics for name in line if name != "round")
     return [chart for name in names for chart in _metric(record, name)]
 
 
@@ -132,8 +131,7 @@ def _scales(record: RunRecord) -> list[Markup]:
 
 def _metric(record: RunRecord, name: str) -> list[Markup]:
     pick = partial(points_of, key=name)
-    private = pick([{"round": line["round"], **(line.get("dp_metrics") or {})} for line in record.metrics])
-    own = pick([{"round": line["round"], **(line.get("non_private") or {})} for line in record.metrics])
+    private, own = pick(record.dp_metrics), pick(record.raw)
     if not private:
         return []
     words = name.replace("_", " ")

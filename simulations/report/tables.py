@@ -34,28 +34,30 @@ _RAW_FIGURES = {
 }
 
 
+_RAW = "simulation only, not private"
+
+
 def rounds_table(record: RunRecord) -> Markup:
     """Return every round's figures; those that only a simulation can see stand on the right and say so."""
     causes = list(lost_by_cause(record))
     failed = {event.get("round"): event.get("failed") or {} for event in record.events("round")}
     lines = [{**line, "failed": _failed(failed.get(line["round"]))} for line in record.metrics]
     lost_lines = [failed.get(line["round"], {}) for line in record.metrics]
-    dp_lines = [line.get("dp_metrics") or {} for line in record.metrics]
-    dp_metrics = list(dict.fromkeys(name for line in dp_lines for name in line))
-    raw_lines = [line.get("non_private") or {} for line in record.metrics]
+    dp_metrics = list(dict.fromkeys(name for line in record.dp_metrics for name in line if name != "round"))
+    raw = _RAW_FIGURES if record.has_raw else {}
     columns = [_column(lines, key) for key in _FIGURES]
-    columns += [_column(dp_lines, name) for name in dp_metrics]
+    columns += [_column(record.dp_metrics, name) for name in dp_metrics]
     columns += [_column(lost_lines, cause) for cause in causes]
-    columns += [_column(raw_lines, key) for key in _RAW_FIGURES]
+    columns += [_column(record.raw, key) for key in raw]
     groups = element(
         "tr",
         element("td", colspan=len(_FIGURES)),
         *([text("th", "DP metrics", colspan=len(dp_metrics), scope="colgroup")] if dp_metrics else []),
         *([text("th", "failed, by cause", colspan=len(causes), scope="colgroup", class_="group")] if causes else []),
-        text("th", "simulation only, not private", colspan=len(_RAW_FIGURES), scope="colgroup", class_="group"),
+        *([text("th", _RAW, colspan=len(raw), scope="colgroup", class_="group")] if raw else []),
     )
     shown = [name.replace("_", " ") for name in dp_metrics]
-    names = [*_FIGURES.values(), *shown, *causes, *_RAW_FIGURES.values()]
+    names = [*_FIGURES.values(), *shown, *causes, *raw.values()]
     return table(names, zip(*columns, strict=True), "Table of rounds", groups)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedlm.rounding import stamped
 from simulations.report.figures import bound, figure
 from simulations.summary import RunSummary
 
@@ -33,10 +34,11 @@ def sampler_in_words(name: str) -> str:
 
 
 def spent_in_words(summary: RunSummary) -> str:
-    """Return the epsilon of the rounds done, planned and realised side by side where a ledger has a say."""
+    """Return the stamped epsilon of the rounds done, planned and realised side by side where a ledger has a say."""
     if summary.epsilon is None:
-        return "no finite epsilon"
+        return stamped("no finite epsilon", summary.stamps)
     at = f"at delta {figure(summary.delta, 2)}"
-    if not summary.shows_realised:
-        return f"epsilon {bound(summary.epsilon, 3)} {at}"
-    return f"epsilon {bound(summary.epsilon, 3)} planned, {bound(summary.epsilon_realised, 3)} realised, {at}"
+    spent = f"epsilon {bound(summary.epsilon, 3)} {at}"
+    if summary.shows_realised:
+        spent = f"epsilon {bound(summary.epsilon, 3)} planned, {bound(summary.epsilon_realised, 3)} realised, {at}"
+    return stamped(spent, summary.stamps)

@@ -241,9 +241,11 @@ def test_a_summary_tells_who_was_lost_and_what_the_fleet_s_clock_says(capsys: py
         "",
         "",
         "none",
+        (),
         4.0,
         1e-5,
         "a sequence of a device",
+        (),
         10,
         10,
         None,
@@ -276,9 +278,11 @@ def test_a_summary_sets_the_realised_epsilon_beside_the_planned_one(capsys: pyte
         mechanism="blt",
         sampler="separated",
         privacy_statement="claim",
+        stamps=(),
         example_epsilon=None,
         example_delta=None,
         example_statement="",
+        example_stamps=(),
         devices_per_second=1.0,
         seconds=1.0,
         lost_by_cause={},
@@ -308,11 +312,12 @@ def test_config_check_and_show_tell_the_resolved_config(config: str) -> None:
 
 
 def test_accounting_gives_published_figures() -> None:
-    fleet = ["--population", "1000000", "--cohort", "1000", "--delta", "1e-6"]
+    fleet = ["--population", "1000000", "--cohort", "1000", "--delta", "1e-6", "--allow-large-delta"]
     done = fedlm("privacy", "epsilon", *fleet, "--noise-multiplier", "1", "--rounds", "1500", "--json")
     spent = json.loads(done.stdout)
     assert spent["epsilon"] == pytest.approx(0.221, abs=1e-3)
-    assert "1500 rounds, about 1000 of 1000000 users" in spent["statement"]
+    assert "1500 rounds, about 1000 of 1000000 users" in spent["privacy_statement"]
+    assert "weak guarantee" in spent["stamps"][0]
     everybody = ["--population", "1000", "--cohort", "1000", "--delta", "1e-6"]
     done = fedlm("privacy", "calibrate", *everybody, "--epsilon", "2.92", "--rounds", "10")
     name, value = done.stdout.splitlines()[0].split()

@@ -36,7 +36,7 @@ def test_defaults_are_the_poisson_sampled_gaussian() -> None:
     assert run("epsilon", *FLEET, "--noise-multiplier", "1.2") == (
         f"epsilon {above:.4f}\n({rounded_up(spent)}, 1e-06)-differentially private for each user (add or remove one): "
         "Gaussian noise of multiplier 1.2 in each of 60 rounds, about 100 of 2000 users Poisson-sampled in each; "
-        "PLD accounting\n"
+        "PLD accounting.\n"
     )
 
 
@@ -58,7 +58,7 @@ def test_calibrated_noise_spends_its_epsilon(options: str) -> None:
     noise = answer("calibrate", *words, "--epsilon", "3")["noise_multiplier"]
     spent = answer("epsilon", *words, "--noise-multiplier", str(noise))
     assert 3 * (1 - 1e-3) <= spent["epsilon"] <= 3 * (1 + 1e-9)
-    assert "noise multiplier" in spent["statement"]
+    assert "noise multiplier" in spent["privacy_statement"]
 
 
 def test_what_gives_more_knowledge_to_the_observer_costs_more() -> None:
@@ -73,11 +73,32 @@ def test_what_gives_more_knowledge_to_the_observer_costs_more() -> None:
 def test_skellam_tells_both_guarantees() -> None:
     found = answer("calibrate", *FLEET, "--mechanism", "skellam", "--size", "5000", "--epsilon", "3")
     assert found["epsilon_server"] > 3
-    assert f"{found['bits']} bits a coordinate" in found["statement"]
+    assert f"{found['bits']} bits a coordinate" in found["privacy_statement"]
     words = ["--mechanism", "skellam", "--size", "5000", "--noise-multiplier", str(found["noise_multiplier"])]
     assert 2.9 <= answer("epsilon", *FLEET, *words)["epsilon"] <= 3
     turns = answer("epsilon", *FLEET, *words, "--sampler", "separated")
     assert turns["epsilon"] == pytest.approx(turns["epsilon_server"], rel=0.5)  # nothing amplifies
+
+
+@pytest.mark.parametrize("delta", ["0.0005", "0.01"])  # 1 / 2,000 users, and above
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("epsilon", "--noise-multiplier", "1.2"),
+        ("calibrate", "--epsilon", "3"),
+        ("compare", "--epsilon", "3", "--max-vectors", "1"),
+    ],
+)
+def test_a_delta_at_which_whole_users_may_be_published_is_refused_unless_asked_for(
+    words: tuple[str, ...], delta: str
+) -> None:
+    large = [*words, *FLEET[:-1], delta]
+    with pytest.raises(ConfigError, match=r"is not below 1 / --population 2000 = 0\.0005.*--allow-large-delta"):
+        run(*large)
+    (stamp,) = answer(*large, "--allow-large-delta")["stamps"]
+    assert stamp.startswith(f"weak guarantee: delta {delta} is not below 1 / 2,000 users")
+    assert stamp in run(*large, "--allow-large-delta")
+    assert answer(*words, *FLEET[:-1], "0.000499")["stamps"] == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ ROUND = {
     "rounds": 30,
     "perplexity": 412.26,
     "epsilon": 0.5,
+    "stamps": [],
     "devices_per_second": 51.0,
     "megabytes": 3.25,
 }
@@ -60,6 +61,16 @@ def test_a_warning_shows_once_even_when_all_else_is_quiet() -> None:
 
 def test_a_round_in_words() -> None:
     assert sentence(ROUND) == "round 2/30  perplexity 412.3  epsilon 0.5  51.0 devices/s  3.2 MB"
+
+
+def test_epsilon_has_its_stamps_beside_it_while_work_goes_on() -> None:
+    stamps = ["NOT PRIVATE: who knows the seed", "no guarantee for this model: epsilon 2 is that of others"]
+    assert "epsilon 0.5 [NOT PRIVATE; no guarantee for this model]" in sentence({**ROUND, "stamps": stamps})
+    step = {"event": "finetune", "step": 1, "steps": 2, "epsilon": 0.5, "stamps": stamps}
+    assert sentence(step) == "step 1/2  epsilon 0.5 [NOT PRIVATE; no guarantee for this model]"
+    for event in (ROUND, step):
+        with pytest.raises(KeyError):  # nobody can leave them out
+            sentence({name: value for name, value in event.items() if name != "stamps"})
 
 
 @pytest.mark.parametrize(("quiet", "as_json"), [(False, False), (True, False), (False, True)])

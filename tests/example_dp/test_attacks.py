@@ -126,7 +126,7 @@ def test_reproducible_noise_takes_back_what_devices_promise() -> None:
     debugging = device_budget(replace(config, privacy=replace(config.privacy, reproducible_noise=True)))
     assert honest is not None
     assert debugging is not None
-    assert "NOT PRIVATE" not in honest.statement
-    assert not honest.figures()["stamps"]
-    assert "NOT PRIVATE" in debugging.statement
-    assert debugging.figures()["stamps"]
+    assert "NOT PRIVATE" not in honest.guarantee().statement
+    assert honest.guarantee().warnings == ()
+    assert "NOT PRIVATE" in debugging.guarantee().statement
+    assert debugging.guarantee().warnings

@@ -21,6 +21,7 @@ from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.plan import ExamplePlan, Phase
 from fedlm.privacy import accounting
 from fedlm.privacy.composition import Event, composed_epsilon
+from fedlm.privacy.guarantee import to_dict
 
 GIVEN = ExampleDpConfig(enabled=True, noise_multiplier=1.5, clip_norm=0.25)
 
@@ -216,10 +217,10 @@ def test_plans_can_be_neither_copied_nor_pickled() -> None:
 def test_statement_has_every_figure_and_no_seed() -> None:
     plan = plan_of(steps=(5, 15), seed=987_654_321)
     for part in ("z = 1.5", "C = 0.25", "q = 0.1", "1,000 examples", "5 + 15", "1e-05", "Poisson", "add or remove one"):
-        assert part in plan.statement
-    assert "987654321" not in f"{plan!r}{plan.figures()}"
-    assert plan.stamps == ()
-    assert plan.figures()["epsilon"] == plan.epsilon(20)
+        assert part in plan.guarantee().statement
+    assert "987654321" not in f"{plan!r}{to_dict(plan.guarantee())}{plan.parameters()}"
+    assert plan.guarantee().warnings == ()
+    assert to_dict(plan.guarantee())["epsilon"] == plan.epsilon(20)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +229,12 @@ def test_statement_has_every_figure_and_no_seed() -> None:
         (plan_of(ExampleDpConfig(enabled=False)), "NOT PRIVATE: example_dp.enabled is false"),
         (plan_of(reproducible=True), "NOT PRIVATE: sample and noise follow from the seed"),
         (plan_of(replace(GIVEN, delta=0.0011)), "weak guarantee: delta 0.0011"),
+        (plan_of(replace(GIVEN, delta=0.001)), "weak guarantee: delta 0.001 is not below 1 / 1,000 examples"),
     ],
 )
 def test_what_is_no_guarantee_is_stamped(plan: ExamplePlan, stamp: str) -> None:
-    assert any(found.startswith(stamp) for found in plan.stamps)
-    assert stamp in plan.statement
+    assert any(found.startswith(stamp) for found in plan.guarantee().warnings)
+    assert stamp in plan.guarantee().statement
 
 
 def test_a_plan_without_privacy_only_averages_and_repeats_with_its_seed() -> None:

@@ -58,11 +58,11 @@ def test_a_private_run_keeps_its_promise_and_its_folder(tmp_path: Path, files: l
     folder = tmp_path / "run"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert json.loads((folder / "summary.json").read_text())["epsilon"] == summary.epsilon
-    assert json.loads((folder / "plan.json").read_text())["statement"] == summary.privacy_statement
+    assert json.loads((folder / "plan.json").read_text())["privacy_statement"] == summary.privacy_statement
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (lines[0]["perplexity"], lines[-1]["perplexity"]) == (summary.perplexity_initial, summary.perplexity)
     # Whatever a line says beyond the guarantee says so by its name.
-    public = {"phase", "step", "release_norm", "noise_norm", "epsilon_at_least", "seconds", "perplexity"}
+    public = {"phase", "step", "release_norm", "noise_norm", "epsilon_at_least", "stamps", "seconds", "perplexity"}
     assert all(name in public or name.startswith("non_private_") for line in lines for name in line)
     trained = load_file(folder / "weights" / "trained.safetensors")
     assert sum(tensor.numel() for tensor in trained.values()) == summary.num_trained == summary.update_bytes // 4
@@ -81,6 +81,31 @@ def test_without_privacy_it_learns_and_says_that_it_is_not_private(tmp_path: Pat
     assert summary.perplexity < 5 < summary.perplexity_initial
     assert summary.bleu is not None
     assert summary.bleu > 50
+
+
+def test_an_epsilon_with_a_delta_above_one_example_in_n_is_never_told_without_its_stamp(
+    tmp_path: Path, files: list[str]
+) -> None:
+    events: list[dict[str, object]] = []
+    more = ("finetune.example_dp.delta=0.01", "trainable.lora.rank=2", "finetune.epochs=0.3")  # of 100 examples
+    summary = run(tmp_path / "run", *files, *PRIVATE, *more, events=events)
+    (stamp,) = summary.stamps
+    assert stamp.startswith("weak guarantee: ")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    spent = [line for line in [*lines, *events] if {"epsilon", "epsilon_at_least"} & line.keys()]
+    assert len(spent) >= 2
+    assert all(list(line["stamps"]) == [stamp] for line in spent)
+    weights = tmp_path / "run" / "weights"
+    for folder in (weights, weights / "adapter"):
+        assert f"{stamp}." in (folder / "README.md").read_text()
+        assert json.loads((folder / "privacy.json").read_text())["privacy_statement"] == summary.privacy_statement
+
+    def interrupt(event: dict[str, object]) -> None:
+        if event["event"] == "finetune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"\[weak guarantee\] was spent on them"):
+        finetune(load_config(None, [*SMALL, *files, *PRIVATE, *more]), tmp_path / "interrupted", interrupt)
 
 
 def test_two_phases_compose_and_save_what_trained_in_either(tmp_path: Path, files: list[str]) -> None:

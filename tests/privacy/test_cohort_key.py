@@ -19,6 +19,7 @@ from fedlm.errors import DataError
 from fedlm.privacy import PrivacyPlan
 from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.cohorts import SAMPLERS, sample_cohort
+from fedlm.privacy.guarantee import to_dict
 from fedlm.privacy.mechanisms.base import Participation
 from fedlm.privacy.mechanisms.toeplitz import square_root_column
 
@@ -88,7 +89,8 @@ def test_the_key_is_neither_printed_nor_pickled_nor_copied() -> None:
     assert key is not None
     secret = key.to_text()
     assert len(set(secret)) > 8
-    for text in (plan.to_json(), repr(plan), str(key), repr(key), f"{key}", plan.statement(), str(plan.figures())):
+    shown = (plan.guarantee().statement, str(plan.parameters()))
+    for text in (plan.to_json(), repr(plan), str(key), repr(key), f"{key}", *shown):
         assert secret not in text
         assert str(int(secret, 16)) not in text
         assert str(bytes.fromhex(secret)) not in text
@@ -113,16 +115,16 @@ def test_a_plan_whose_key_was_deleted_samples_nobody() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_known_cohorts_are_stamped_with_the_epsilon_that_nothing_amplifies(name: str) -> None:
     secret, known = make(name), make(name, **DEBUG)
-    assert secret.stamps() == ()
+    assert secret.guarantee().warnings == ()
     assert known.epsilon(20) == secret.epsilon(20)
     true = known.epsilon_with_known_cohorts(20)
     if name not in NEED_SECRET_COHORTS:
-        assert (known.stamps(), true) == ((), known.epsilon(20))
+        assert (known.guarantee().warnings, true) == ((), known.epsilon(20))
         return
-    (stamp,) = known.stamps()
+    (stamp,) = known.guarantee().warnings
     assert stamp.startswith("COHORTS NOT SECRET: privacy.reproducible_cohorts")
-    assert stamp in known.statement()
-    assert known.figures()["stamps"] == [stamp]
+    assert stamp in known.guarantee().statement
+    assert to_dict(known.guarantee())["stamps"] == [stamp]
     printed = float(stamp.partition("epsilon is ")[2].split()[0].replace(",", ""))
     assert true <= printed <= true * 1.002, "rounded up, never down"
     assert true == known.epsilon_of_this_fleet(20) > 1.5 * secret.epsilon_of_this_fleet(20)
@@ -144,8 +146,8 @@ def test_the_unamplified_epsilon_is_that_of_one_gaussian_for_all_rounds_of_a_use
 
 
 def test_a_mimicked_run_needs_no_further_stamp_but_tells_what_its_devices_got() -> None:
-    mimicked: dict[str, Any] = {"population": 10**6, "expected_cohort": 5_000}
-    (stamp,) = make("poisson", **mimicked, **DEBUG).stamps()
+    mimicked: dict[str, Any] = {"population": 10**6, "expected_cohort": 5_000, "delta": 1e-7}
+    (stamp,) = make("poisson", **mimicked, **DEBUG).guarantee().warnings
     assert stamp.startswith("no guarantee for this model")
     known = make("poisson", **mimicked, **DEBUG).epsilon_of_this_fleet(20)
     assert float(stamp.rpartition("epsilon ")[2].replace(",", "")) >= known

@@ -22,10 +22,16 @@ from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, Clipper, PrivacyPlan
 from fedlm.privacy.cohort_key import CohortKey
+from fedlm.privacy.guarantee import to_dict
 from fedlm.randomness import round_key, stream
 
 SIZE = 100_000
 KEY = CohortKey.reproducible(7)
+
+
+def figures_of(plan: PrivacyPlan) -> dict[str, object]:
+    """Return what a run stores of its guarantee."""
+    return {**to_dict(plan.guarantee()), **plan.parameters()}
 
 
 def make(
@@ -292,12 +298,12 @@ class TestResume:
         back = PrivacyPlan.from_json(plan.to_json(), seed=7, cohort_key=KEY)
         assert back == plan
         assert back.noise_multiplier.hex() == plan.noise_multiplier.hex()
-        assert back.statement() == plan.statement()
+        assert back.guarantee().statement == plan.guarantee().statement
         assert np.array_equal(back.sample_cohort(5), plan.sample_cohort(5))
 
     def test_the_seed_is_nowhere_in_what_is_stored_or_printed(self) -> None:
         plan = make(seed=918_273_645)
-        for text in (plan.to_json(), repr(plan), plan.statement(), json.dumps(plan.figures())):
+        for text in (plan.to_json(), repr(plan), plan.guarantee().statement, json.dumps(figures_of(plan))):
             assert "918273645" not in text
 
     @pytest.mark.parametrize(
@@ -331,60 +337,74 @@ class TestResume:
 class TestStatement:
     def test_names_every_figure(self) -> None:
         plan = make(rounds=1_500, fleet_size=1_000_000, cohort=1_000)
-        text = plan.statement()
+        text = plan.guarantee().statement
         for part in (
             *("unit: user", "add or remove one", "1,500 releases", "Poisson", "Gaussian"),
             "1,000 / 1,000,000 = 0.001",
             *("z = 1", "C = 0.3", "epsilon 0.2214", "delta 1e-06", "PLD", "do not know the cohorts"),
         ):
             assert part in text
-        assert plan.stamps() == ()
+        assert make(rounds=1_500, fleet_size=999_999, cohort=1_000).guarantee().warnings == ()
 
     def test_printed_epsilon_is_never_below_the_computed_one(self) -> None:
         for z in (0.6, 0.9, 1.7, 4.0):
             plan = make(noise_multiplier=z)
-            printed = float(plan.statement().split("epsilon ")[1].split()[0])
+            printed = float(plan.guarantee().statement.split("epsilon ")[1].split()[0])
             assert plan.epsilon(20) <= printed <= plan.epsilon(20) * 1.001 + 1e-12
 
     def test_disabled_is_stamped(self) -> None:
         plan = make(enabled=False)
         assert plan.epsilon(1) == plan.epsilon_of_this_fleet(1) == math.inf
-        assert plan.stamps()[0].startswith("NOT PRIVATE: ")
-        assert plan.stamps()[0] in plan.statement()
+        assert plan.guarantee().warnings[0].startswith("NOT PRIVATE: ")
+        assert plan.guarantee().warnings[0] in plan.guarantee().statement
 
     def test_reproducible_noise_is_stamped(self) -> None:
         plan = make(reproducible_noise=True)
-        assert plan.stamps()[0].startswith("NOT PRIVATE: ")
-        assert plan.stamps()[0] in plan.statement()
+        assert plan.guarantee().warnings[0].startswith("NOT PRIVATE: ")
+        assert plan.guarantee().warnings[0] in plan.guarantee().statement
         assert plan.epsilon_of_this_fleet(1) == math.inf
 
     def test_a_mimicked_population_is_stamped_with_both_figures(self) -> None:
-        plan = make(population=1_000_000, expected_cohort=5_000)
-        (stamp,) = plan.stamps()
+        plan = make(population=1_000_000, expected_cohort=5_000, delta=1e-7)
+        (stamp,) = plan.guarantee().warnings
         assert stamp.startswith("no guarantee for this model: ")
         printed = float(stamp.rpartition("epsilon ")[2].replace(",", ""))
         true = plan.epsilon_of_this_fleet(20)
         assert true <= printed <= true * 1.002, "rounded up, never down"
         assert "5,000 of 1,000,000" in stamp
         assert "50 of 2,000" in stamp
-        assert stamp in plan.statement()
-        assert make(population=2_000, expected_cohort=50).stamps() == ()
+        assert stamp in plan.guarantee().statement
+        assert make(population=2_000, expected_cohort=50).guarantee().warnings == ()
+
+    @pytest.mark.parametrize(
+        ("privacy", "population"),
+        [({}, 2_000), ({"population": 1_000_000, "expected_cohort": 5_000}, 1_000_000)],
+    )
+    def test_a_delta_at_which_whole_users_may_be_published_is_stamped(
+        self, privacy: dict[str, Any], population: int
+    ) -> None:
+        words = f"is not below 1 / {population:,} users"
+        for delta, is_large in ((0.999 / population, False), (1 / population, True), (0.1, True)):
+            plan = make(delta=delta, **privacy)
+            found = [stamp for stamp in plan.guarantee().warnings if stamp.startswith("weak guarantee: ")]
+            assert [words in stamp for stamp in found] == [True] * is_large
+            assert (words in plan.guarantee().statement) == is_large
 
     @pytest.mark.parametrize("accounted", [{"population": 4_000}, {"expected_cohort": 500}, {"expected_cohort": 20}])
     def test_a_fleet_that_differs_in_one_number_alone_is_stamped(self, accounted: dict[str, int]) -> None:
         """As many users in other cohorts, or as large cohorts of other users: the noise is not this fleet's."""
         plan = make(**({"population": 2_000, "expected_cohort": 50} | accounted))
-        (stamp,) = plan.stamps()
+        (stamp,) = plan.guarantee().warnings
         assert stamp.startswith("no guarantee for this model: ")
-        assert stamp in plan.statement()
-        assert plan.figures()["stamps"] == [stamp]
+        assert stamp in plan.guarantee().statement
+        assert figures_of(plan)["stamps"] == [stamp]
         assert plan.realised_epsilon(5, separation=1, max_participations=5) == math.inf
 
     @pytest.mark.parametrize("privacy", [{}, {"enabled": False}, {"reproducible_noise": True}])
     def test_figures_are_strict_json_and_agree_with_the_plan(self, privacy: dict[str, Any]) -> None:
         plan = make(**privacy)
-        figures = json.loads(json.dumps(plan.figures(), allow_nan=False))
-        assert figures["statement"] == plan.statement()
-        assert figures["stamps"] == list(plan.stamps())
+        figures = json.loads(json.dumps(figures_of(plan), allow_nan=False))
+        assert figures["privacy_statement"] == plan.guarantee().statement
+        assert figures["stamps"] == list(plan.guarantee().warnings)
         assert figures["epsilon"] == (plan.epsilon(20) if plan.enabled else None)
         assert {"delta", "noise_multiplier", "population", "expected_cohort", "clip_norm"} <= figures.keys()

@@ -56,7 +56,7 @@ def test_a_plan_accounts_for_the_least_noise_and_says_what_the_paper_would_claim
     assert made.epsilon(2_000) == pytest.approx(2.0, rel=1e-3)
     assert made.epsilon_as_published is not None
     assert made.epsilon_as_published < 0.6, "what true epsilon 2 would be sold as"
-    assert any("allocated as published" in stamp for stamp in made.stamps())
+    assert any("allocated as published" in stamp for stamp in made.guarantee().warnings)
 
 
 def test_every_group_of_a_release_has_at_least_the_accounted_noise() -> None:

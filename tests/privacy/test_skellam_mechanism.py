@@ -232,16 +232,16 @@ def test_cohorts_beyond_the_room_for_noise_are_cut() -> None:
 def test_the_statement_tells_both_guarantees_and_their_figures() -> None:
     plan = plan_with()
     assert plan.epsilon_server is not None
-    figures = plan.figures()
-    assert figures["epsilon"] == plan.epsilon(5)
+    figures = plan.parameters()
+    assert plan.guarantee().epsilon == plan.epsilon(5)
     assert figures["epsilon_server"] == plan.epsilon_server > plan.epsilon(5)
     assert figures["accountant"] == "rdp"
-    statement = plan.statement()
+    statement = plan.guarantee().statement
     assert "Skellam noise added by the devices" in statement
     assert "nothing except sums of at least 4 devices by secure aggregation: epsilon" in statement
     assert "see only the releases and do not know the cohorts" in statement
     exact = accounting.epsilon(sampling_probability=12 / 400, noise_multiplier=1.0, rounds=5, delta=1e-6)
     assert exact < plan.epsilon(5) < 2 * exact
     assert plan_with(mechanism="gaussian").epsilon_server is None
-    assert plan_with(reproducible_noise=True).figures()["epsilon_server"] is None
+    assert plan_with(reproducible_noise=True).parameters()["epsilon_server"] is None
     assert PrivacyPlan.from_json(plan.to_json(), seed=3, cohort_key=None).to_json() == plan.to_json()

@@ -25,7 +25,7 @@ from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.privacy.plan import PrivacyPlan
 from server import app as server
-from server.claim import run_stamps
+from server.run_guarantee import run_guarantee
 from server.turnout import DROPPED_OUT, TRAINS, RoundTask, Turnout
 from simulations.grids.inprocess import InProcessGrid
 from simulations.run import resume, simulate
@@ -95,7 +95,7 @@ def test_dropouts_change_neither_divisor_nor_noise(small: Make, tmp_path: Path) 
     # An all-dropped round still releases: exactly the noise of the plan, over the plan's expected cohort.
     plan = PrivacyPlan.from_json((tmp_path / "none" / "plan.json").read_text(), seed=config.seed, cohort_key=None)
     assert (nobody == plan.release(plan.new_sum(len(nobody)), 1).mean).all()
-    statements = {lines(tmp_path / name, "ledger.jsonl")[0]["privacy"]["statement"] for name in rules}
+    statements = {lines(tmp_path / name, "ledger.jsonl")[0]["privacy"]["privacy_statement"] for name in rules}
     assert len(statements) == 1
 
 
@@ -130,7 +130,7 @@ def test_more_devices_than_users_are_copies_and_every_figure_says_so(small: Make
         "users": len(users),
     }
     plain = Experiment.open(small())
-    assert run_stamps(server.plan_of(plain), plain) == server.plan_of(plain).stamps()
+    assert run_guarantee(server.plan_of(plain), plain) == server.plan_of(plain).guarantee()
 
 
 def test_limits_on_devices_need_a_simulated_fleet(small: Make, tmp_path: Path) -> None:

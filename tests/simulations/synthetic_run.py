@@ -137,7 +137,7 @@ def _start(private: bool, stamps: tuple[str, ...]) -> dict[str, Any]:
         "clip_norm": 0.3,
         "blocks": blocks,
         "privacy": {
-            "statement": STATEMENT if private else "NOT PRIVATE: privacy.enabled is false.",
+            "privacy_statement": STATEMENT if private else "NOT PRIVATE: privacy.enabled is false.",
             "stamps": list(stamps),
             "enabled": private,
             "unit": "user (all data of one device)",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import DOWN, STATEMENT, UP, sampled, trained, write_run
+from synthetic_run import DOWN, STAMP, STATEMENT, UP, sampled, trained, write_run
 
 from fedlm.errors import DataError
 from simulations.run_files import read_run
@@ -33,9 +33,11 @@ def test_every_figure_of_a_finished_run(tmp_path: Path) -> None:
         "mechanism": "gaussian",
         "sampler": "poisson",
         "privacy_statement": STATEMENT,
+        "stamps": (STAMP,),
         "example_epsilon": None,
         "example_delta": None,
         "example_statement": "",
+        "example_stamps": (),
         "bytes_up_per_device": UP,
         "bytes_down_per_device": DOWN,
         "peak_device_mb": 148.3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from fedlm.errors import DataError
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model
 from fedlm.models.pretrained import PretrainedModel
+from fedlm.privacy.guarantee import Guarantee
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import build_trainable
 
+NOTHING = Guarantee("user", "add or remove one", math.inf, 1e-6, (), ("NOT PRIVATE: a test of shapes",))
 TOKENS = torch.arange(12).reshape(2, 6)
 
 
@@ -59,7 +62,7 @@ def test_ours_loads_in_peft_and_theirs_in_ours(kind: str, tmp_path: Path) -> Non
     values += 0.3 * rng.standard_normal(len(values)).astype(np.float32)
     blocks = trainable.spec.views(values)
     trainable.load(blocks)
-    save_adapter(trainable.model, blocks, c.trainable.lora, tmp_path / "ours", base=kind)
+    save_adapter(trainable.model, blocks, c.trainable.lora, tmp_path / "ours", base=kind, guarantee=NOTHING)
     theirs = peft.PeftModel.from_pretrained(stock(kind), str(tmp_path / "ours"))
     with torch.no_grad():
         expected = theirs(input_ids=TOKENS).logits
@@ -78,7 +81,9 @@ def test_round_trip_of_our_own_model(freeze_a: str, tmp_path: Path) -> None:
     trainable = build_trainable(build_model(c, frequencies, 1), c)
     values = trainable.initial_values() + np.float32(0.1)
     trainable.load(trainable.spec.views(values))
-    save_adapter(trainable.model, trainable.spec.views(values), c.trainable.lora, tmp_path / "a", base="ours")
+    save_adapter(
+        trainable.model, trainable.spec.views(values), c.trainable.lora, tmp_path / "a", base="ours", guarantee=NOTHING
+    )
     other_seed = config(f"trainable.lora.freeze_a={freeze_a}", f"trainable.lora.adapter={tmp_path / 'a'}", "seed=9")
     assert len({file.stat().st_mode for file in (tmp_path / "a").iterdir()}) == 1  # to be published, all of it
     again = build_trainable(build_model(c, frequencies, 1), other_seed)
@@ -92,7 +97,7 @@ def test_round_trip_of_our_own_model(freeze_a: str, tmp_path: Path) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
     c = config()
     trainable = build_trainable(build_model(c, np.full(50, 0.02), 1), c)
-    save_adapter(trainable.model, {}, c.trainable.lora, tmp_path / "a", base="ours")
+    save_adapter(trainable.model, {}, c.trainable.lora, tmp_path / "a", base="ours", guarantee=NOTHING)
     wrong = config(*overrides, f"trainable.lora.adapter={tmp_path / 'a'}")
     with pytest.raises(DataError, match=message):
         build_trainable(build_model(wrong, np.full(50, 0.02), 1), wrong)

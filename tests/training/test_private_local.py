@@ -114,7 +114,7 @@ def test_the_budget_covers_all_rounds_that_a_device_may_take_part_in() -> None:
     whole = device_budget(config("rounds=9"))
     assert whole is not None
     assert whole.max_rounds == 9
-    assert "also against a server that keeps to the protocol" in found.statement
+    assert "also against a server that keeps to the protocol" in found.guarantee().statement
 
 
 def test_a_given_noise_that_costs_more_than_epsilon_is_refused() -> None:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from fedlm.privacy.audit.gaussian_bound import CERTAINTY, INTERVAL, GaussianBound, gaussian_bound
 from fedlm.privacy.audit.one_run import OneRunBound, one_run_bound
+from fedlm.privacy.guarantee import Guarantee, to_dict
+from fedlm.rounding import stamped
 
 ODD = 5.0
 """Standard errors by which the strangers' scores may miss their law before a view counts as broken."""
@@ -146,8 +148,7 @@ class AuditReport:
 
     Arguments:
         run_dir: The run folder.
-        stamps: Of the run.
-        statement: What the run claims.
+        guarantee: What the run claims, with its stamps.
         rounds: T.
         num_canaries: k gradient canaries.
         num_coordinates: P that were looked at.
@@ -158,8 +159,7 @@ class AuditReport:
     """
 
     run_dir: str
-    stamps: tuple[str, ...]
-    statement: str
+    guarantee: Guarantee
     rounds: int
     num_canaries: int
     num_coordinates: int
@@ -171,13 +171,14 @@ class AuditReport:
     @property
     def alarms(self) -> tuple[str, ...]:
         """Every alarm; none if the audit found nothing against the run's claim."""
-        return tuple(view.alarm for view in self.views if view.alarm)
+        return tuple(stamped(view.alarm, self.guarantee.warnings) for view in self.views if view.alarm)
 
     def to_fields(self) -> dict[str, Any]:
         """Return all figures, JSON-ready; infinities are None."""
         fields = _finite(asdict(self))
+        del fields["guarantee"]
         fields["cost"]["ratio"] = _finite(self.cost.ratio)
-        return {**fields, "alarms": list(self.alarms)}
+        return {**to_dict(self.guarantee), **fields, "alarms": list(self.alarms)}
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run claims about privacy: the plan's own words, and a stamp where devices are copies of the corpus's users."""
+"""What a run guarantees: the plan's own words, and a stamp where devices are copies of the corpus's users."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
+from fedlm.privacy.guarantee import Guarantee, to_dict
 from fedlm.privacy.plan import PrivacyPlan
 
 
@@ -15,26 +16,23 @@ def devices_and_users(experiment: Experiment) -> dict[str, int]:
     return {"devices": num_devices, "users": min(num_devices, len(experiment.store.users("train")))}
 
 
-def run_stamps(plan: PrivacyPlan, experiment: Experiment) -> tuple[str, ...]:
-    """Return the warnings that everything made by this run carries: the plan's, of copies and of canaries."""
+def run_guarantee(plan: PrivacyPlan, experiment: Experiment) -> Guarantee:
+    """Return the plan's guarantee with the warnings that this fleet adds: of copies and of canaries."""
     found = devices_and_users(experiment)
     devices, users, canaries = found["devices"], found["users"], experiment.canaries.count
-    stamps = list(plan.stamps())
+    warnings = []
     if devices != users:
-        stamps.append(
+        warnings.append(
             f"PER DEVICE: {devices:,} devices hold copies of the text of {users:,} users of the corpus, up to "
             f"{-(-devices // users):,} devices a user; epsilon covers one device, not a user of the corpus"
         )
     if canaries:
-        stamps.append(f"AUDIT: {canaries:,} canary devices take part")
-    return tuple(stamps)
+        warnings.append(f"AUDIT: {canaries:,} canary devices take part")
+    return plan.guarantee().warned(*warnings)
 
 
 def privacy_figures(plan: PrivacyPlan, experiment: Experiment) -> dict[str, Any]:
-    """Return the plan's figures with its statement and every stamp of the run."""
-    stamps = run_stamps(plan, experiment)
-    added = stamps[len(plan.stamps()) :]
-    statement = " ".join([plan.statement(), *(f"{stamp}." for stamp in added)])
+    """Return the run's guarantee and what it rests on, and apart from it what devices guarantee for their sequences."""
     budget = device_budget(experiment.config)
-    on_devices = {"example_level": budget.figures()} if budget else {}
-    return {**plan.figures(), "statement": statement, "stamps": list(stamps), **on_devices}
+    on_devices = {"example_level": {**to_dict(budget.guarantee()), **budget.parameters()}} if budget else {}
+    return {**to_dict(run_guarantee(plan, experiment)), **plan.parameters(), **on_devices}
