@@ -80,7 +80,7 @@ class RoundOpener:
         self._budget = device_budget(experiment.config)
         self._meter = DownloadMeter(spec, plan.fleet_size, plan.rounds)
         self._recent: dict[int, RoundSpecs] = {}
-        check_switches(strategy, spec, plan)
+        check_switches(strategy, spec, plan, has_canaries=experiment.canaries.count > 0)
 
     def first_state(self) -> PrivacyState:
         """Return what the plan knows before round 1."""
@@ -147,15 +147,17 @@ class RoundOpener:
         return np.asarray(self.ledger.participations(cohort) > self._budget.max_rounds)
 
 
-def check_switches(strategy: Strategy, spec: UpdateSpec, plan: PrivacyPlan) -> None:
+def check_switches(strategy: Strategy, spec: UpdateSpec, plan: PrivacyPlan, *, has_canaries: bool) -> None:
     """Refuse a strategy that sends other blocks in other rounds where the noise cannot follow.
 
     Raises:
-        ConfigError: Noise correlated over the rounds, or allocated to kinds of blocks that change.
+        ConfigError: Noise correlated over the rounds, or allocated to kinds of blocks that change; an audit.
     """
     no_rows = np.empty(0, np.int64)
     sent = [RoundSpecs.of(strategy, spec, t, no_rows).sends for t in range(1, plan.rounds + 1)]
     name, first = type(strategy).__name__, sent[0]
+    if has_canaries and any(one.names != spec.names for one in sent):
+        raise ConfigError(f"{name} does not send all blocks; an audit's canaries need all blocks in every round")
     if plan.enabled and plan.mechanism.keeps_noise and any(one.names != first.names for one in sent):
         raise ConfigError(
             f"{name} sends other blocks in other rounds, but privacy.mechanism = {plan.mechanism.name!r} subtracts "
