@@ -10,7 +10,8 @@ A plug-in needs this module alone:
         def step(self, state, values, mean):
             return values + 0.5 * mean, {}
 
-and `strategy.kind = "mypkg.strategies:MyStrategy"` in the TOML file.
+and `strategy.kind = "mypkg.strategies:MyStrategy"` in the TOML file. A class attribute `Options`, a frozen dataclass,
+gives it options of its own: [strategy.options] in the file, `self.options` here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+from fedlm.config.keys import typed_options
 from fedlm.config.schema import StrategyConfig
 from fedlm.privacy.clipping import ClippedSum
+from fedlm.registry import NoOptions
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 State = TypeVar("State", bound="StrategyState")
@@ -79,9 +82,14 @@ class SumStrategy(ABC):
     """A strategy that sums the cohort and applies `step` to the noised mean; the base of FedAvg and FedAdam."""
 
     slot_names: tuple[str, ...] = ()
+    Options: ClassVar[type] = NoOptions
+    """What [strategy.options] may hold: a frozen dataclass whose fields are made with `fedlm.config.schema.option`."""
+    optimizer: ClassVar[str] = "sgd"
+    """How a step scales the noise of a release (`fedlm.models.noise_levels.step_variance`)."""
 
     def __init__(self, config: StrategyConfig) -> None:
         self.config = config
+        self.options: Any = typed_options(type(self), config.options, "strategy.options")
 
     def init(self, spec: UpdateSpec, values: Vector) -> StrategyState:
         """Return a state whose optimiser arrays are zero."""

@@ -15,9 +15,9 @@ from fedlm.config.schema import Config, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment, is_pretrained, starts_from_base
 from fedlm.planning.forecast import round_spec, structure
-from fedlm.plugins import load_object
 from fedlm.privacy.allocation import groups_of
 from fedlm.privacy.plan import PrivacyPlan
+from fedlm.registry import STRATEGIES
 from fedlm.strategy import Strategy
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import Trainable, build_trainable
@@ -27,7 +27,6 @@ from fedlm.training.pretrain import pretrain
 from server.engine import Engine, Listener
 from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
-from server.strategies import BUILT_IN
 from server.turnout import EveryDevice, Fleet
 
 FleetMaker = Callable[[Experiment, Trainable], Fleet]
@@ -150,11 +149,7 @@ def strategy_of(config: StrategyConfig) -> Strategy:
     Raises:
         ConfigError: Nothing of that name, or it does not fulfil the contract.
     """
-    built_in = BUILT_IN.get(config.kind)
-    if built_in is None and ":" not in config.kind:
-        known = ", ".join(BUILT_IN)
-        raise ConfigError(f"unknown strategy.kind {config.kind!r}; choose {known}, or name your own as pkg.mod:Class")
-    kind = built_in or load_object(config.kind, "strategy.kind")
+    kind = STRATEGIES.resolve(config.kind)
     try:
         strategy = kind(config)
     except TypeError as error:  # another signature, or a SumStrategy without `step`

@@ -27,7 +27,7 @@ class Honest(SumStrategy):
     def step(self, state: StrategyState, values: Vector, mean: Vector) -> tuple[Vector, dict[str, float]]:
         """Update the momentum in place and move along it."""
         momentum = state.slots["momentum"]
-        momentum *= self.config.beta1
+        momentum *= 0.9
         momentum += mean
         return values + self.config.learning_rate * momentum, {}
 

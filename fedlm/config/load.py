@@ -16,9 +16,9 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -45,14 +45,27 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     return _checked(values)
 
 
-def config_from_toml(text: str) -> Config:
-    """Return the config of a TOML text; raises ConfigError like `load_config`."""
-    return _checked(dict(flatten(_parse(text, "config"))))
+def config_from_toml(text: str, *, imports_plugins: bool = True) -> Config:
+    """Return the config of a TOML text; raises ConfigError like `load_config`.
+
+    Arguments:
+        text: The TOML.
+        imports_plugins: False on nodes: what a text says of classes that are not built in has been checked by who sent
+            it, and a node needs only those plug-ins that it uses.
+    """
+    return _checked(dict(flatten(_parse(text, "config"))), imports_plugins=imports_plugins)
 
 
 def config_to_toml(config: Config) -> str:
     """Return the complete config, defaults included, as TOML that loads to an equal config."""
-    return tomli_w.dumps(asdict(build(to_flat(config))))
+    tables: dict[str, Any] = {}
+    for path, value in to_flat(config).items():
+        *sections, leaf = path.split(".")
+        table = tables
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[leaf] = value
+    return tomli_w.dumps(tables)
 
 
 def config_hash(config: Config) -> str:
@@ -61,8 +74,8 @@ def config_hash(config: Config) -> str:
     return sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _checked(values: dict[str, object]) -> Config:
-    config = build(values)
+def _checked(values: dict[str, object], *, imports_plugins: bool = True) -> Config:
+    config = build(values, imports_plugins=imports_plugins)
     validate(config)
     return config
 

@@ -6,10 +6,37 @@ them, `fedlm.config.load` enforces them. The defaults are the default job of `fe
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 _UNSET: Any = object()
+
+
+class OptionValues(Mapping[str, Any]):
+    """The options of classes that a config names: what differs from their defaults, by option; frozen and hashable.
+
+    `fedlm.config.keys.typed_options` makes an instance of the class's `Options` of them. Where a key names many
+    classes, an option of one is `name.option`.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        self._values = dict(sorted((values or {}).items()))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return f"OptionValues({self._values})"
 
 
 def option(
@@ -212,11 +239,9 @@ class LocalConfig:
 class StrategyConfig:
     """The server's aggregation strategy."""
 
-    kind: str = option("fedadam", "fedavg, fedadam, or pkg.mod:Class")
+    kind: str = option("fedadam", "how releases move the model")
     learning_rate: float = option(0.01, "server learning rate", above=0)
-    beta1: float = option(0.9, "fedadam: first moment", low=0, high=0.9999)
-    beta2: float = option(0.99, "fedadam: second moment", low=0, high=0.99999)
-    epsilon: float = option(1e-4, "fedadam: added to the root of the second moment", above=0)
+    options: OptionValues = option(factory=OptionValues)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from fedlm.privacy.allocation import KINDS
 from fedlm.privacy.mechanisms import NAMES, SAMPLERS
 from fedlm.privacy.riders import METRICS
 from fedlm.privacy.testkit import CHECKS, Make, PrivacyTestFailure, StrategySubject, check_strategy, strategy_checks
-from server.strategies import FedAdam, FedAvg
+from server.strategies.fedadam import FedAdam
+from server.strategies.fedavg import FedAvg
 
 ALL = tuple(CHECKS)
 SUM = ("clip bound", "record and replay", "noise law")
