@@ -21,7 +21,7 @@ _folders: list[str] = []
 
 def search_in(folders: Iterable[str | Path]) -> None:
     """Find plug-in modules in these folders too, after everything that is importable without them."""
-    for folder in (str(Path(folder).resolve()) for folder in folders):
+    for folder in (str(Path(folder).resolve()) for folder in folders if Path(folder).is_dir()):
         if folder not in _folders:
             _folders.append(folder)
         if folder not in sys.path:
@@ -29,9 +29,26 @@ def search_in(folders: Iterable[str | Path]) -> None:
             importlib.invalidate_caches()
 
 
-def searched_folders() -> tuple[str, ...]:
-    """Return the folders that `search_in` was given, first ones first."""
-    return tuple(_folders)
+def folders_of(references: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the folders given to `search_in` that have a module of some `pkg.mod:attribute`."""
+    names = {reference.partition(":")[0].partition(".")[0] for reference in references}
+    return tuple(folder for folder in _folders if any(PathFinder.find_spec(name, [folder]) for name in names if name))
+
+
+def refuse_shadows() -> None:
+    """Refuse a search path on which somebody's own module hides a package of this project.
+
+    Raises:
+        ConfigError: It would fail anyway, but with a message about a missing name.
+    """
+    home = Path(__file__).parents[1]
+    for name in ("clients", "server", "simulations"):
+        found = _origin(name)
+        if found is None or Path(found).resolve().parent != (home / name).resolve():
+            raise ConfigError(
+                f"{found or name} hides the package {name!r} of fedlm; rename it or take its folder off PYTHONPATH: "
+                "plug-ins beside the config file are found without"
+            )
 
 
 def load_object(reference: str, key: str) -> Any:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlm.errors import FedlmError
+from fedlm.plugins import refuse_shadows
 
 QUIET_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
+        refuse_shadows()
         code = _dispatch(words)
         sys.stdout.flush()
         return code

@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 from fedlm.config.schema import Config, OptionValues
 from fedlm.config.suggest import nearest_key, nearest_word
 from fedlm.errors import ConfigError
+from fedlm.plugins import search_in
 from fedlm.registry import REGISTRIES, NoOptions, Registry
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text, not empty"}
@@ -229,6 +230,7 @@ def build(values: dict[str, object], *, imports_plugins: bool = True) -> Config:
         ConfigError: A value of the wrong type, out of range, or no choice; a class or an option that does not exist.
     """
     config: Config = _build(Config, "", values)
+    search_in(config.plugin_folders)
     for registry in REGISTRIES:
         if registry.options_key:
             config = _with_options(config, registry, _options(config, registry, values, imports_plugins))
@@ -245,7 +247,7 @@ def to_flat(config: Config) -> dict[str, object]:
 
 
 def describe(config: Config) -> list[dict[str, object]]:
-    """Return every key with `key`, `value`, `default`, `allowed` and `help`, in the order of the schema; options last."""
+    """Return every key with `key`, `value`, `default`, `allowed` and `help`; options after the keys of the schema."""
     every = [(path, key, attrgetter(path)(config)) for path, key in keys().items()]
     every += [(path, key, _option(config, path, key)) for path, key in option_keys(config).items()]
     return [

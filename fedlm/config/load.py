@@ -26,10 +26,11 @@ from fedlm.config.keys import build, flatten, show, to_flat
 from fedlm.config.schema import Config
 from fedlm.config.validate import validate
 from fedlm.errors import ConfigError
+from fedlm.plugins import search_in
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a TOML file with overrides on top.
+    """Return the config of a TOML file with overrides on top; plug-ins beside the file are found from now on.
 
     Arguments:
         path: The file; None means the defaults of the schema.
@@ -39,6 +40,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read or is no TOML, an unknown key, a value that is not allowed, or a
             combination that cannot work (`fedlm.config.validate`).
     """
+    search_in([Path() if path is None else path.parent, Path()])
     values = {} if path is None else dict(flatten(_parse(_read(path), str(path))))
     for override in overrides:
         values.update(_parse_override(override))

@@ -400,6 +400,9 @@ class Config:
 
     seed: int = option(1, "of everything but privacy noise", low=0)
     rounds: int = option(30, "federated rounds", low=1)
+    plugin_folders: tuple[str, ...] = option(
+        (), "folders of plug-ins named pkg.mod:Class, beside those of the config file and the working folder"
+    )
     data: DataConfig = option(factory=DataConfig)
     synthetic: SyntheticConfig = option(factory=SyntheticConfig)
     vocabulary: VocabularyConfig = option(factory=VocabularyConfig)

@@ -129,7 +129,6 @@ def test_refused_and_the_fix_works(asked: list[str], message: str, fix: list[str
         ["privacy.enabled=false", "privacy.epsilon=0"],
         ["privacy.population=1_000_000"],
         ["model.name=gpt2/", "vocabulary.source=model", "trainable.embedding_rows.count=40_000"],
-        ["strategy.kind=fedadamw"],
         ["execution.grid=inprocess", "execution.workers=1"],
         ["finetune.example_dp.enabled=true", "finetune.example_dp.epsilon=3", "finetune.example_dp.engine=opacus"],
     ],
