@@ -16,7 +16,7 @@ own as pkg.mod:Class
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -41,10 +41,12 @@ class BuiltIn:
     Arguments:
         reference: `pkg.mod:Class`.
         options: Its `Options` as `pkg.mod:Class` in a module that imports nothing heavy; empty: none.
+        checks: Whether the class has a `problems` that can find something in a config.
     """
 
     reference: str
     options: str = ""
+    checks: bool = False
 
 
 class Registry(Generic[T]):
@@ -115,6 +117,12 @@ class Registry(Generic[T]):
         """Return what figures and option sections call the class of a name: its `name`, or the name itself."""
         return name if name in self._built_in else getattr(self.resolve(name), "name", name)
 
+    def problems(self, name: str, config: Any, *, imports_plugins: bool) -> Iterator[str]:
+        """Yield what in a config cannot work with the class of a name, by its `problems`, one sentence each."""
+        known = self._built_in.get(name)
+        if known.checks if known else imports_plugins:
+            yield from getattr(self.resolve(name), "problems", _no_problems)(config)
+
     def reference(self, kind: type) -> str:
         """Return the name to store for a class, from which `resolve` finds it again."""
         name = getattr(kind, "name", "")
@@ -153,12 +161,18 @@ class Registry(Generic[T]):
 
     def _checked(self, found: Any, name: str) -> type[T]:
         contract = import_object(self._contract) if self._contract else object
-        if not isinstance(found, type) or not issubclass(found, contract):
+        is_class = isinstance(found, type) and issubclass(found, contract)
+        if not is_class:
             raise ConfigError(
                 f"{self.key} = {name!r} is no {self.noun}; name a class"
                 + (f" that derives from {self._contract.replace(':', '.')}" if self._contract else "")
             )
-        return found
+        kind: type[T] = found
+        return kind
+
+
+def _no_problems(config: Any) -> Iterator[str]:
+    return iter(())
 
 
 def first_line(kind: type) -> str:
@@ -184,5 +198,53 @@ STRATEGIES: Registry[Any] = Registry(
     options_key="strategy.options",
 )
 
-REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES,)
+_MECHANISMS = "fedlm.privacy.mechanisms."
+MECHANISMS: Registry[Any] = Registry(
+    "privacy.mechanism",
+    "noise mechanism",
+    {
+        "gaussian": BuiltIn(f"{_MECHANISMS}gaussian:Gaussian"),
+        "blt": BuiltIn(f"{_MECHANISMS}blt:Blt", f"{_OPTIONS}BltOptions", checks=True),
+        "banded": BuiltIn(f"{_MECHANISMS}banded:Banded", f"{_OPTIONS}BandedOptions", checks=True),
+        "tree": BuiltIn(f"{_MECHANISMS}tree:Tree", checks=True),
+        "local": BuiltIn(f"{_MECHANISMS}local:Local"),
+        "skellam": BuiltIn(f"{_MECHANISMS}skellam:DistributedSkellam", f"{_OPTIONS}SkellamOptions"),
+    },
+    group="fedlm.mechanisms",
+    contract=f"{_MECHANISMS}base:Mechanism",
+    options_key="privacy.options",
+)
+
+_SAMPLERS = "fedlm.privacy.samplers:"
+COHORT_SAMPLERS: Registry[Any] = Registry(
+    "privacy.sampler",
+    "cohort sampler",
+    {
+        "poisson": BuiltIn(f"{_SAMPLERS}Poisson"),
+        "truncated_poisson": BuiltIn(f"{_SAMPLERS}TruncatedPoisson"),
+        "fixed": BuiltIn(f"{_SAMPLERS}Fixed"),
+        "cyclic_poisson": BuiltIn(f"{_SAMPLERS}CyclicPoisson"),
+        "separated": BuiltIn(f"{_SAMPLERS}Separated"),
+    },
+    group="fedlm.cohort_samplers",
+    contract=f"{_SAMPLERS}CohortSampler",
+)
+
+_ROWS = "fedlm.trainable.rows:"
+ROW_SAMPLERS: Registry[Any] = Registry(
+    "trainable.embedding_rows.sampler",
+    "row sampler",
+    {
+        "power": BuiltIn(f"{_ROWS}Power", f"{_OPTIONS}PowerOptions"),
+        "uniform": BuiltIn(f"{_ROWS}Uniform"),
+        "top_k": BuiltIn(f"{_ROWS}TopK"),
+        "cyclic": BuiltIn(f"{_ROWS}Cyclic"),
+        "dp_adafest": BuiltIn(f"{_ROWS}DpAdafest", f"{_OPTIONS}DpAdafestOptions", checks=True),
+    },
+    group="fedlm.row_samplers",
+    contract=f"{_ROWS}RowSampler",
+    options_key="trainable.embedding_rows.options",
+)
+
+REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, MECHANISMS, COHORT_SAMPLERS, ROW_SAMPLERS)
 """Every seam of a config."""

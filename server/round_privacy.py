@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.config.schema import OptionValues
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
 from fedlm.privacy.adaptation import PrivacyState, Released
@@ -48,11 +49,13 @@ class RoundPrivacy:
     def rows(self, t: int) -> RowIds:
         """Return the row set of a round: public, or what earlier releases have chosen."""
         config = self._experiment.config.trainable.embedding_rows
-        if config.sampler == "dp_adafest" and self.plan.enabled and t > config.selection_rounds:
+        if self.plan.enabled and 0 < self.plan.adaptation.selection_rounds < t:
             chosen = self.plan.selected_rows(self._state)
             if len(chosen):
                 return chosen
-            config = replace(config, sampler="top_k")  # no word stands out of the noise: the public guess
+            config = replace(
+                config, sampler="top_k", options=OptionValues()
+            )  # no word stands out of the noise: the public guess
         frequencies = self._experiment.vocabulary.frequencies
         return row_set(config, frequencies, seed=self._experiment.config.seed, round_number=t)
 

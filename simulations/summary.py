@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 
+from fedlm.errors import ConfigError
+from fedlm.registry import COHORT_SAMPLERS
 from simulations.run_files import RunRecord, number, read_run
-
-_COUNTED = {"separated", "cyclic_poisson"}
-"""Samplers whose guarantee needs participations to be counted."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,18 @@ class RunSummary:
     virtual_hours: float | None
 
     @property
+    def counts_participations(self) -> bool:
+        """Whether the guarantee rests on how often a device came."""
+        with suppress(ConfigError):  # a plug-in that is gone
+            return bool(COHORT_SAMPLERS.resolve(self.sampler).keeps_separation)
+        return False
+
+    @property
     def shows_realised(self) -> bool:
         """Whether what the ledger saw belongs beside the plan: they differ, or the plan rests on the ledger."""
         if self.epsilon is None or self.epsilon_realised is None:
             return False
-        return self.sampler in _COUNTED or not isclose(self.epsilon, self.epsilon_realised, rel_tol=1e-6)
+        return self.counts_participations or not isclose(self.epsilon, self.epsilon_realised, rel_tol=1e-6)
 
 
 def summarise(run: Path) -> RunSummary:

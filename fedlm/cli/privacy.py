@@ -13,6 +13,7 @@ import typer
 from fedlm.cli.options import Json
 from fedlm.cli.output import print_json, print_table
 from fedlm.errors import ConfigError, OutputError
+from fedlm.registry import COHORT_SAMPLERS, MECHANISMS
 from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
@@ -42,21 +43,21 @@ class Positive(click.FloatRange):
 
 
 Delta = Annotated[float, typer.Option(click_type=Positive(max=1), help="Below one over the population.")]
-MechanismName = Annotated[str, typer.Option("--mechanism", help="gaussian, blt, banded, tree, local or skellam.")]
+MechanismName = Annotated[str, typer.Option("--mechanism", help=f"{MECHANISMS.allowed}.")]
 Sampler = Annotated[
     str,
-    typer.Option(help="poisson, truncated_poisson, fixed, cyclic_poisson or separated; empty: the mechanism's own."),
+    typer.Option(help=f"{COHORT_SAMPLERS.allowed}; empty: the mechanism's own."),
 ]
 Cap = Annotated[int, typer.Option(min=0, help="truncated_poisson: the largest cohort.")]
 MinSeparation = Annotated[
     int, typer.Option(min=0, help="separated: rounds between two of a user's; 0: population / cohort.")
 ]
 MaxParticipations = Annotated[int, typer.Option(min=0, help="Most rounds of one user; 0: as the separation has it.")]
-Bands = Annotated[int, typer.Option(min=0, help="banded: bands of the matrix; 0: the best number.")]
-Buffers = Annotated[int, typer.Option(min=1, max=4, help="blt: buffers.")]
-Size = Annotated[int, typer.Option(min=1, help="skellam: coordinates of an update.")]
-GridBits = Annotated[int, typer.Option(min=4, max=18, help="skellam: the clip norm is 2^this steps.")]
-MinSurvivors = Annotated[int, typer.Option(min=0, help="skellam: least devices of a sum; 0: a third of the cohort.")]
+Size = Annotated[int, typer.Option(min=1, help="Coordinates of an update, for mechanisms that are made for a number.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="An option of the mechanism (bands=8); repeatable."),
+]
 
 
 @app.command()
@@ -73,19 +74,15 @@ def epsilon(
     cap: Cap = 0,
     min_separation: MinSeparation = 0,
     max_participations: MaxParticipations = 0,
-    bands: Bands = 0,
-    buffers: Buffers = 2,
+    option: Options = None,
     size: Size = 1_000_000,
-    grid_bits: GridBits = 16,
-    min_survivors: MinSurvivors = 0,
     json: Json = False,
 ) -> None:
     """Print the epsilon that a training spends."""
     _require_cohort(population, cohort)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
-    options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
-    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, **options)
+    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, size=size, options=option)
     spent = made.epsilon(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
     _print(json, "epsilon", spent, _statement(made, spent, delta, noise_multiplier), made, noise_multiplier, delta)
 
@@ -102,19 +99,15 @@ def calibrate(
     cap: Cap = 0,
     min_separation: MinSeparation = 0,
     max_participations: MaxParticipations = 0,
-    bands: Bands = 0,
-    buffers: Buffers = 2,
+    option: Options = None,
     size: Size = 1_000_000,
-    grid_bits: GridBits = 16,
-    min_survivors: MinSurvivors = 0,
     json: Json = False,
 ) -> None:
     """Print the least noise multiplier that keeps a training within epsilon."""
     _require_cohort(population, cohort)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
-    options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
-    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, **options)
+    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, size=size, options=option)
     noise = made.noise_multiplier(epsilon=epsilon, delta=delta)
     _print(json, "noise_multiplier", noise, _statement(made, epsilon, delta, noise), made, noise, delta)
 
@@ -191,10 +184,9 @@ def _rule(
 ) -> Participation:
     """Return who can be in which cohort, with what was left out filled in."""
     from fedlm.privacy.cohorts import participation_rule
-    from fedlm.privacy.mechanisms import SAMPLERS
 
     return participation_rule(
-        sampler or SAMPLERS.get(mechanism, ("poisson",))[0],
+        sampler or MECHANISMS.resolve(mechanism).samplers[0],
         **fleet,
         cap=cap,
         min_separation=min_separation,
@@ -202,12 +194,18 @@ def _rule(
     )
 
 
-def _create(name: str, rule: Participation, delta: float, **options: Any) -> Mechanism:
+def _create(
+    name: str, rule: Participation, delta: float, *, options: Sequence[str] | None, **numbers: Any
+) -> Mechanism:
+    from fedlm.config.keys import typed_options
+    from fedlm.config.load import parse_options
     from fedlm.privacy.mechanisms import create
 
-    if rule.cap and rule.sampler != "truncated_poisson":
+    if rule.cap and not COHORT_SAMPLERS.resolve(rule.sampler).takes_cap:
         raise ConfigError(f"--cap {rule.cap} has no meaning for --sampler {rule.sampler}; use truncated_poisson")
-    return create(name, rule, delta=delta, **options)
+    parsed = parse_options(options or ())
+    typed_options(MECHANISMS.resolve(name), parsed, MECHANISMS.options_key)
+    return create(name, rule, delta=delta, **numbers, **parsed)
 
 
 def _statement(mechanism: Mechanism, epsilon: float, delta: float, noise_multiplier: float) -> str:
@@ -228,16 +226,15 @@ def _print(
     json: bool, name: str, value: float, statement: str, mechanism: Mechanism, noise_multiplier: float, delta: float
 ) -> None:
     """Print one value and what it rests on; where devices add the noise, what the server learns too."""
-    from fedlm.privacy.mechanisms.skellam import DistributedSkellam
-
     found: dict[str, object] = {name: value}
-    if isinstance(mechanism, DistributedSkellam):
-        rounds, design = mechanism.participation.rounds, mechanism.design(noise_multiplier, delta=delta)
+    encoder = mechanism.encoder(noise_multiplier, delta=delta, size=0)
+    if encoder is not None:
+        rounds = mechanism.participation.rounds
         server = mechanism.epsilon_server(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
-        found |= {"epsilon_server": server, "bits": design.bits}
+        found |= {"epsilon_server": server, "bits": encoder.bits}
         statement += (
             f"; epsilon {rounded_up(server)} against a server that knows the cohorts and gets sums of "
-            f"{mechanism.min_survivors:,} devices or more; {design.bits} bits a coordinate"
+            f"{encoder.min_survivors:,} devices or more; {encoder.bits} bits a coordinate"
         )
     if json:
         print_json({**found, "statement": statement})

@@ -78,7 +78,7 @@ def config_hash(config: Config) -> str:
 
 def _checked(values: dict[str, object], *, imports_plugins: bool = True) -> Config:
     config = build(values, imports_plugins=imports_plugins)
-    validate(config)
+    validate(config, imports_plugins=imports_plugins)
     return config
 
 
@@ -121,6 +121,17 @@ def _parse_override(override: str) -> dict[str, object]:
     except UnicodeEncodeError:
         raise ConfigError(f"--set {path} = {show(text)[:60]!a} is not allowed; expected UTF-8 text") from None
     return dict(flatten(_parse_value(text), path))
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Return options of a class from `key=value` words, unchecked; raises ConfigError for other words."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or not name:
+            raise ConfigError(f"--option {show(word)} is not allowed; expected KEY=VALUE, such as --option bands=8")
+        found[name] = _parse_value(text)
+    return found
 
 
 def _parse_value(text: str) -> object:

@@ -144,19 +144,9 @@ class LoraConfig:
 class RowsConfig:
     """Partial Embedding Updates; count 0 means none."""
 
-    sampler: str = option(
-        "power",
-        "how each round's public row set is drawn; dp_adafest: power at first, then the rows that a noisy, paid map of "
-        "the devices' words chose",
-        choices=("uniform", "power", "top_k", "cyclic", "dp_adafest"),
-    )
-    alpha: float = option(0.5, "power sampler: inclusion probability ~ frequency^alpha", low=0, high=2)
+    sampler: str = option("power", "how each round's public row set is drawn")
     count: int = option(5_000, "rows in a round's set; 0: no embedding rows train", low=0)
-    selection_rounds: int = option(5, "dp_adafest: rounds that ask for the words", low=1)
-    selection_share: float = option(
-        0.33, "dp_adafest: part of the clip norm that the map gets there", above=0, high=0.6
-    )
-    selection_threshold: float = option(3.0, "dp_adafest: least score of a row, in standard deviations of noise", low=0)
+    options: OptionValues = option(factory=OptionValues)
 
 
 @dataclass(frozen=True)
@@ -261,8 +251,8 @@ class PrivacyConfig:
         "gaussian",
         "how the noise of rounds is correlated: gaussian (not at all), blt, banded, tree; local: every device's own; "
         "skellam: each device's part of it, for secure aggregation",
-        choices=("gaussian", "blt", "banded", "tree", "local", "skellam"),
     )
+    options: OptionValues = option(factory=OptionValues)
     sampler: str = option(
         "",
         "who is in a cohort: poisson, truncated_poisson, fixed, cyclic_poisson (banded), separated (devices take "
@@ -273,12 +263,6 @@ class PrivacyConfig:
         0, "separated: rounds between two of a user's own; 0: as many as the fleet gives", low=0
     )
     max_participations: int = option(0, "most rounds of one user; 0: rounds / min_separation", low=0)
-    bands: int = option(0, "banded: bands of the matrix; 0: the best number", low=0)
-    buffers: int = option(2, "blt: buffers", low=1, high=4)
-    grid_bits: int = option(16, "skellam: the clip norm is 2^this steps", low=4, high=18)
-    min_survivors: int = option(
-        0, "skellam: least devices whose sum the server is shown; 0: a third of the cohort", low=0
-    )
     clip_quantile: float = option(
         0.0, "adaptive clipping: the quantile of update norms that the clip norm follows; 0: it stays", low=0, high=0.99
     )

@@ -14,24 +14,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fedlm.config.keys import chosen
 from fedlm.config.schema import Config
 from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
+from fedlm.registry import COHORT_SAMPLERS, REGISTRIES
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
 _PACKAGED_MODELS = ("minilm", "smollm2")  # of `fedlm.models.packages`
 METRIC_NAMES = ("train_loss", "num_tokens", "clip_fraction")  # of `fedlm.privacy.riders`, which loads numpy
-CORRELATED = ("blt", "banded", "tree")
 _MODULES_ONLY_OF = {"attention": "transformer", "mlp": "transformer", "recurrent": "lstm"}
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, imports_plugins: bool = True) -> None:
     """Refuse a config whose values are each allowed but cannot work together.
+
+    Arguments:
+        config: The experiment.
+        imports_plugins: Also ask the classes that it names and that are not built in.
 
     Raises:
         ConfigError: The first problem found, with its fix.
     """
-    for problem in problems(config):
+    for problem in problems(config, imports_plugins=imports_plugins):
         raise ConfigError(problem)
 
 
@@ -50,10 +55,13 @@ def validate_sizes(config: Config, size: int, name: str) -> None:
         raise ConfigError(problem)
 
 
-def problems(config: Config) -> Iterator[str]:
-    """Yield every problem of a config, one sentence each."""
+def problems(config: Config, *, imports_plugins: bool = True) -> Iterator[str]:
+    """Yield every problem of a config, one sentence each; those that the classes it names know of come last."""
     for check in CHECKS:
         yield from check(config)
+    for registry in REGISTRIES:
+        for name in chosen(config, registry):
+            yield from registry.problems(name, config, imports_plugins=imports_plugins)
 
 
 def _misspelt_words(config: Config) -> Iterator[str]:
@@ -208,13 +216,8 @@ def _privacy(config: Config) -> Iterator[str]:
 
 def _mechanism(config: Config) -> Iterator[str]:
     privacy = config.privacy
-    if privacy.cap and privacy.sampler != "truncated_poisson":
+    if privacy.cap and not (privacy.sampler and COHORT_SAMPLERS.resolve(privacy.sampler).takes_cap):
         yield f"privacy.cap = {privacy.cap} needs privacy.sampler = 'truncated_poisson'; set it, or privacy.cap = 0"
-    if privacy.min_survivors and privacy.mechanism != "skellam":
-        yield (
-            f"privacy.min_survivors = {privacy.min_survivors} needs privacy.mechanism = 'skellam'; set it, or "
-            "privacy.min_survivors = 0"
-        )
     if privacy.clip_quantile and privacy.allocation == "per_group":
         yield (
             f"privacy.clip_quantile = {privacy.clip_quantile} follows norms that privacy.allocation = 'per_group' has "
@@ -225,20 +228,8 @@ def _mechanism(config: Config) -> Iterator[str]:
             yield f"privacy.metrics has {name!r}, choose from {', '.join(METRIC_NAMES)}"
     if len(set(privacy.metrics)) < len(privacy.metrics):
         yield f"privacy.metrics = {list(privacy.metrics)} names one twice; name each once"
-    rows = config.trainable.embedding_rows
-    changing = rows.count and rows.sampler != "top_k"
-    if privacy.enabled and privacy.mechanism in CORRELATED and changing:
-        yield (
-            f"privacy.mechanism = {privacy.mechanism!r} takes noise back in later rounds, which need the same rows, "
-            f"but trainable.embedding_rows.sampler = {rows.sampler!r}; set it to 'top_k', or count = 0"
-        )
     if privacy.mechanism != "gaussian" and privacy.allocation == "published":
         yield "privacy.allocation = 'published' is built for privacy.mechanism = 'gaussian' alone; set that"
-    if rows.sampler == "dp_adafest" and rows.count and rows.selection_rounds >= config.rounds:
-        yield (
-            f"trainable.embedding_rows.selection_rounds = {rows.selection_rounds} leaves no round of {config.rounds} "
-            f"for the selected rows; set it below {config.rounds}"
-        )
 
 
 def _cohort(config: Config, name: str, devices: int) -> Iterator[str]:
@@ -303,12 +294,6 @@ def _local_example_dp(config: Config) -> Iterator[str]:
         yield (
             f"fleet.profile = {config.fleet.profile!r} with fleet.memory_mb = {config.fleet.memory_mb:g} predicts what "
             f"plain SGD needs, not local.example_dp; set 'uniform' and 0, {off}"
-        )
-    rows = config.trainable.embedding_rows
-    if rows.count and rows.sampler == "dp_adafest":
-        yield (
-            "trainable.embedding_rows.sampler = 'dp_adafest' has devices send maps of their words, which "
-            f"local.example_dp does not noise; set another sampler, {off}"
         )
 
 

@@ -23,6 +23,7 @@ from fedlm.privacy.allocation import AllocationState
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.riders import ClipBit, DPMetrics, GroupShares, Rider, WordMap
+from fedlm.trainable.rows import sampler_of
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 Floats = npt.NDArray[np.float64]
@@ -137,7 +138,8 @@ class Adaptation:
             moments, importance: Public m_g and w_g by kind of block, for the public and the per-group allocation.
         """
         quantile = config.clip_quantile
-        selects = rows is not None and rows.sampler == "dp_adafest"
+        sampler = sampler_of(rows) if rows else None
+        selection = sampler.options if sampler and sampler.selects else None
         share = bit_share(noise_multiplier=noise_multiplier, expected_cohort=expected_cohort, quantile=quantile)
         return cls(
             clip_norm=config.clip_norm,
@@ -150,11 +152,11 @@ class Adaptation:
             noise_floor=config.noise_floor,
             metrics=config.metrics,
             metric_bounds=tuple(_bound(name, config) for name in config.metrics),
-            selection_rounds=rows.selection_rounds if rows and selects else 0,
-            selection_share=rows.selection_share if rows and selects else 0.0,
-            selection_threshold=rows.selection_threshold if rows and selects else 0.0,
-            row_count=rows.count if rows and selects else 0,
-            vocabulary_size=vocabulary_size if selects else 0,
+            selection_rounds=selection.selection_rounds if selection else 0,
+            selection_share=selection.selection_share if selection else 0.0,
+            selection_threshold=selection.selection_threshold if selection else 0.0,
+            row_count=rows.count if rows and selection else 0,
+            vocabulary_size=vocabulary_size if selection else 0,
         )
 
     @property

@@ -33,7 +33,6 @@ from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
-from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.riders import Floats
@@ -41,6 +40,7 @@ from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.skellam import Skellam
 from fedlm.privacy.statement import figures, stamps, statement
 from fedlm.privacy.terms import PrivacyTerms
+from fedlm.registry import COHORT_SAMPLERS
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 _TOKEN = object()
@@ -109,7 +109,7 @@ class PrivacyPlan(PrivacyTerms):
                 f"clip norm {self.clip_norm} and noise multiplier {self.noise_multiplier} contradict "
                 f"privacy.enabled = {self.enabled}; make the plan with PrivacyPlan.create"
             )
-        cohorts.check_turns(self.fleet_rule)
+        COHORT_SAMPLERS.resolve(self.fleet_rule.sampler).check_turns(self.fleet_rule)
         if self.enabled:
             largest = MAX_STD / _LARGEST_GAIN if self.mechanism.keeps_noise else MAX_STD
             most_z = largest / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
@@ -119,10 +119,10 @@ class PrivacyPlan(PrivacyTerms):
                 f"privacy.mechanism = {self.mechanism.name!r} subtracts later what it added before, so clip norm, "
                 "scales and rows must stay; set privacy.clip_quantile = 0 and privacy.allocation to isotropic or public"
             )
-        if self.mimics and isinstance(self.mechanism, DistributedSkellam):
+        if self.mimics and not self.mechanism.supports_mimicry:
             raise ConfigError(
-                f"privacy.mechanism = 'skellam' has the devices add the noise, which cannot be that of another fleet "
-                f"({self.expected_cohort:,} of {self.population:,}); set privacy.population = 0 and "
+                f"privacy.mechanism = {self.mechanism.name!r} has the devices add the noise, which cannot be that of "
+                f"another fleet ({self.expected_cohort:,} of {self.population:,}); set privacy.population = 0 and "
                 "privacy.expected_cohort = 0"
             )
         object.__setattr__(self, "_noise", RunNoise(self.mechanism, self.seed if self.reproducible_noise else None))
@@ -225,9 +225,9 @@ class PrivacyPlan(PrivacyTerms):
         Raises:
             ConfigError: More coordinates than are accounted.
         """
-        if not self.enabled or not isinstance(self.mechanism, DistributedSkellam):
+        if not self.enabled:
             return None
-        return self.mechanism.design(self.noise_multiplier, delta=self.delta, size=size)
+        return self.mechanism.encoder(self.noise_multiplier, delta=self.delta, size=size)
 
     def next_state(
         self, state: PrivacyState, spec: UpdateSpec, round_number: int, *, values: Vector, released: Released
@@ -261,8 +261,7 @@ class PrivacyPlan(PrivacyTerms):
         require_count("round", round_number, high=self.rounds)
         cohort = cohorts.sample_cohort(self.fleet_rule, seed=self.seed, round_number=round_number)
         # Their noise is shared out among so many; that a cohort is larger has a part of delta.
-        most = self.mechanism.max_devices if isinstance(self.mechanism, DistributedSkellam) else len(cohort)
-        return cohort[:most]
+        return cohort[: self.mechanism.largest_cohort]
 
     def new_ledger(self) -> ParticipationLedger:
         """Return an empty ledger of who takes part, with this plan's limits."""

@@ -61,16 +61,24 @@ class Job:
         """Write the plug-in: everything that is added from outside."""
         (self.folder / f"{name}.py").write_text(textwrap.dedent(source))
 
-    def fedlm(self, verb: str, *overrides: str, json_: bool = True) -> tuple[int, Any, str]:
+    def fedlm(self, verb: str, *overrides: str) -> tuple[int, Any, str]:
         """Run a verb on the config with the real command line; return exit code, parsed output, standard error."""
-        words = [*verb.split(), str(self.folder / "job.toml"), *(["--json"] if json_ else [])]
+        words = [*verb.split(), str(self.folder / "job.toml"), "--json"]
         words += ["--quiet", "--out", str(self.run)] if verb == "simulate" else []
         words += [word for override in overrides for word in ("--set", override)]
-        out, error = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            code = main(words)
-        text = out.getvalue()
-        return code, json.loads(text) if json_ and code == 0 else text, error.getvalue()
+        return _run(words)
+
+    def verb(self, *words: str) -> Any:
+        """Run a verb that takes no config and return its one object."""
+        code, found, error = _run([*words, "--json"])
+        assert code == 0, error
+        return found
+
+    def verb_error(self, *words: str) -> str:
+        """Return the line with which such a verb refuses its words."""
+        code, _, error = _run([*words, "--json"])
+        assert code == 2
+        return error
 
     def simulate(self, *overrides: str) -> dict[str, Any]:
         """Train and return the summary."""
@@ -100,3 +108,10 @@ class Job:
     def run(self) -> Path:
         """The run folder."""
         return self.folder / "run"
+
+
+def _run(words: list[str]) -> tuple[int, Any, str]:
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main(words)
+    return code, json.loads(out.getvalue()) if code == 0 else out.getvalue(), error.getvalue()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.errors import DataError
 from fedlm.privacy.adaptation import Adaptation, PrivacyState, Released
 from fedlm.privacy.allocation import (
@@ -252,7 +252,7 @@ def test_a_private_state_is_a_function_of_releases_through_storage() -> None:
 
 def test_rows_are_chosen_above_the_noise_and_no_more_than_asked_for() -> None:
     size, std = 20_000, 0.01
-    rows = RowsConfig(sampler="dp_adafest", count=200, selection_rounds=4, selection_threshold=3.0)
+    rows = RowsConfig(sampler="dp_adafest", count=200, options=OptionValues({"selection_rounds": 4}))
     adaptation = Adaptation.create(
         PrivacyConfig(), noise_multiplier=1.0, expected_cohort=100, rows=rows, vocabulary_size=size
     )

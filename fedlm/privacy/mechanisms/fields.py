@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.registry import MECHANISMS
 
 AnyMechanism = TypeVar("AnyMechanism", bound=Mechanism)
 
 
 def describe(mechanism: Any) -> dict[str, Any]:
     """Return the name and all fields of a mechanism that is a dataclass; tuples become lists."""
-    values = {"name": mechanism.name, **asdict(mechanism)}
+    values = {"name": MECHANISMS.reference(type(mechanism)), **asdict(mechanism)}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -25,7 +26,7 @@ def rebuild(cls: type[AnyMechanism], values: Mapping[str, Any]) -> AnyMechanism:
     Raises:
         DataError: Another mechanism, a field missing, unknown, of a wrong type or out of range.
     """
-    if values.get("name") != cls.name:
+    if values.get("name") != MECHANISMS.reference(cls):
         raise DataError(f"stored mechanism {values.get('name')!r} is not {cls.name!r}; restore the run folder")
     try:
         return cls(**_typed(cls, {key: value for key, value in values.items() if key != "name"}))
@@ -44,7 +45,7 @@ def _typed(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(field: Field[Any], value: Any) -> Any:
     """Return the value as the field's type: whole number, text, finite numbers or participation rule."""
-    kind = str(field.type)
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     if kind == "Participation" and isinstance(value, Mapping):
         return Participation(**_typed(Participation, value))
     if kind == "tuple[float, ...]" and isinstance(value, list | tuple):
