@@ -246,5 +246,19 @@ ROW_SAMPLERS: Registry[Any] = Registry(
     options_key="trainable.embedding_rows.options",
 )
 
-REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, MECHANISMS, COHORT_SAMPLERS, ROW_SAMPLERS)
+_LOSSES = "fedlm.losses.loss:"
+LOSSES: Registry[Any] = Registry(
+    "loss.kind",
+    "training loss",
+    {
+        "nce": BuiltIn(f"{_LOSSES}Nce"),
+        "sampled_softmax": BuiltIn(f"{_LOSSES}SampledSoftmax"),
+        "full_softmax": BuiltIn(f"{_LOSSES}FullSoftmax"),
+    },
+    group="fedlm.losses",
+    contract=f"{_LOSSES}Loss",
+    options_key="loss.options",
+)
+
+REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, MECHANISMS, COHORT_SAMPLERS, ROW_SAMPLERS, LOSSES)
 """Every seam of a config."""

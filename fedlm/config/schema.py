@@ -164,7 +164,8 @@ class TrainableConfig:
 class LossConfig:
     """The local training loss; evaluation is always the exact full softmax."""
 
-    kind: str = option("nce", "training loss", choices=("nce", "sampled_softmax", "full_softmax"))
+    kind: str = option("nce", "training loss")
+    options: OptionValues = option(factory=OptionValues)
     negatives: int = option(512, "negatives drawn for each batch", low=1)
     noise_power: float = option(1.0, "negatives ~ public frequency^noise_power", low=0, high=2)
     negatives_from: str = option(

@@ -18,7 +18,7 @@ from fedlm.config.keys import chosen
 from fedlm.config.schema import Config
 from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
-from fedlm.registry import COHORT_SAMPLERS, REGISTRIES
+from fedlm.registry import COHORT_SAMPLERS, LOSSES, REGISTRIES
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
 _PACKAGED_MODELS = ("minilm", "smollm2")  # of `fedlm.models.packages`
@@ -167,7 +167,7 @@ def _trainable(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     loss, rows = config.loss, config.trainable.embedding_rows.count
-    sampled, from_rows = loss.kind != "full_softmax", loss.negatives_from == "rows"
+    sampled, from_rows = LOSSES.resolve(loss.kind).draws_negatives, loss.negatives_from == "rows"
     if from_rows and not sampled:
         yield "loss.negatives_from = 'rows' needs a loss that draws negatives; set loss.kind = 'nce'"
     if from_rows and sampled and rows == 0:
@@ -191,7 +191,7 @@ def _sizes(config: Config, size: int, name: str) -> Iterator[str]:
     rows, negatives = config.trainable.embedding_rows.count, config.loss.negatives
     if rows > size and not config.finetune.train:  # row sets are of federated runs
         yield f"trainable.embedding_rows.count = {rows} is more than {name} = {size}; set it to at most {size}"
-    if config.loss.kind != "full_softmax" and negatives >= size:
+    if LOSSES.resolve(config.loss.kind).draws_negatives and negatives >= size:
         yield _too_many_negatives("loss.negatives", negatives, size, name)
 
 
@@ -261,6 +261,17 @@ def _example_dp(config: Config) -> Iterator[str]:
                 f"{name}.enabled = true needs {name}.epsilon or {name}.noise_multiplier above 0; "
                 f"set one, or {name}.enabled = false"
             )
+    if not LOSSES.resolve(config.loss.kind).per_example:
+        for name, needs in [
+            ("local.example_dp", config.local.example_dp.enabled),
+            ("finetune.train", bool(config.finetune.train) and config.finetune.task == "language_model"),
+        ]:
+            if needs:
+                known = ", ".join(kind for kind in LOSSES.built_in if LOSSES.resolve(kind).per_example)
+                yield (
+                    f"loss.kind = {config.loss.kind!r} has no gradients of single examples, which {name} needs; set "
+                    f"loss.kind to one of {known}"
+                )
     if config.local.example_dp.enabled:
         yield from _local_example_dp(config)
 
@@ -273,7 +284,7 @@ def _local_example_dp(config: Config) -> Iterator[str]:
             f"local.example_dp.engine = {config.local.example_dp.engine!r} is the reference for fedlm finetune alone; "
             "set local.example_dp.engine = 'fedlm'"
         )
-    if config.loss.kind != "full_softmax" and config.loss.negatives_from == "rows":
+    if LOSSES.resolve(config.loss.kind).draws_negatives and config.loss.negatives_from == "rows":
         yield (
             "loss.negatives_from = 'rows' masks targets by the row set, which local.example_dp does not know; "
             f"set loss.negatives_from = 'vocabulary', {off}"

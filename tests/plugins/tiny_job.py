@@ -61,10 +61,10 @@ class Job:
         """Write the plug-in: everything that is added from outside."""
         (self.folder / f"{name}.py").write_text(textwrap.dedent(source))
 
-    def fedlm(self, verb: str, *overrides: str) -> tuple[int, Any, str]:
+    def fedlm(self, verb: str, *overrides: str, quiet: bool = True) -> tuple[int, Any, str]:
         """Run a verb on the config with the real command line; return exit code, parsed output, standard error."""
         words = [*verb.split(), str(self.folder / "job.toml"), "--json"]
-        words += ["--quiet", "--out", str(self.run)] if verb == "simulate" else []
+        words += [*(["--quiet"] if quiet else []), "--out", str(self.run)] if verb == "simulate" else []
         words += [word for override in overrides for word in ("--set", override)]
         return _run(words)
 
