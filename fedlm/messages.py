@@ -135,6 +135,7 @@ class EvaluateReply:
     num_bytes: int
     log_z: float
     log_z_squared: float
+    metrics: list[float]
 
 
 def pack(message: Any) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Scalar]]:

@@ -260,5 +260,39 @@ LOSSES: Registry[Any] = Registry(
     options_key="loss.options",
 )
 
-REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, MECHANISMS, COHORT_SAMPLERS, ROW_SAMPLERS, LOSSES)
+_DP_METRICS = "fedlm.privacy.dp_metrics:"
+DP_METRICS: Registry[Any] = Registry(
+    "privacy.metrics",
+    "DP metric",
+    {
+        "train_loss": BuiltIn(f"{_DP_METRICS}TrainLoss", f"{_OPTIONS}TrainLossOptions"),
+        "num_tokens": BuiltIn(f"{_DP_METRICS}NumTokens", f"{_OPTIONS}NumTokensOptions"),
+        "clip_fraction": BuiltIn(f"{_DP_METRICS}ClipFraction"),
+    },
+    group="fedlm.dp_metrics",
+    contract=f"{_DP_METRICS}DPMetric",
+    options_key="privacy.metric_options",
+    many=True,
+)
+
+_EVALUATION = "fedlm.losses.metrics:"
+EVALUATION_METRICS: Registry[Any] = Registry(
+    "evaluation.metrics",
+    "evaluation metric",
+    {"next_word_accuracy": BuiltIn(f"{_EVALUATION}NextWordAccuracy")},
+    group="fedlm.evaluation_metrics",
+    contract=f"{_EVALUATION}EvaluationMetric",
+    options_key="evaluation.options",
+    many=True,
+)
+
+REGISTRIES: tuple[Registry[Any], ...] = (
+    STRATEGIES,
+    MECHANISMS,
+    COHORT_SAMPLERS,
+    ROW_SAMPLERS,
+    LOSSES,
+    DP_METRICS,
+    EVALUATION_METRICS,
+)
 """Every seam of a config."""

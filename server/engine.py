@@ -25,6 +25,7 @@ from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.flower_records import Records, from_records, to_records
 from fedlm.losses.evaluation import Score
+from fedlm.losses.metrics import evaluation_figures
 from fedlm.messages import (
     EMPTY_IDS,
     EMPTY_VECTOR,
@@ -391,7 +392,8 @@ class Engine:
         scores = {
             name: getattr(score, name, None) for name in ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
         }
-        return {**self._diagnostics, **line, **scores}
+        further = evaluation_figures(self._config.evaluation, score.metrics) if score and score.metrics else {}
+        return {**self._diagnostics, **line, **scores, **({"evaluation": further} if further else {})}
 
     def _announce(self, t: int, line: dict[str, Any], devices_per_second: float) -> None:
         event = {name: line[name] for name in ("perplexity", "epsilon")}

@@ -24,6 +24,7 @@ class RunSummary:
         perplexity_initial: Of the base, before the first round.
         perplexity: At the last evaluation.
         bits_per_byte: At the last evaluation.
+        evaluation: Further figures of the last evaluation, by name (`evaluation.metrics`).
         epsilon: Spent so far at `delta`, as planned; None is no finite epsilon.
         epsilon_realised: The same for the participation that the ledger saw; None while a run goes on.
         delta: Of the privacy statement.
@@ -49,6 +50,7 @@ class RunSummary:
     perplexity_initial: float | None
     perplexity: float | None
     bits_per_byte: float | None
+    evaluation: dict[str, float]
     epsilon: float | None
     epsilon_realised: float | None
     delta: float | None
@@ -108,6 +110,7 @@ def summarise_record(record: RunRecord) -> RunSummary:
         perplexity_initial=number(record.metrics[0], "perplexity"),
         perplexity=_last(record, "perplexity"),
         bits_per_byte=_last(record, "bits_per_byte"),
+        evaluation=next((line["evaluation"] for line in reversed(record.metrics) if line.get("evaluation")), {}),
         epsilon=number(record.metrics[-1], "epsilon"),
         epsilon_realised=number(record.realised, "epsilon_realised"),
         delta=number(record.privacy, "delta"),

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from fedlm.config.keys import describe
     from fedlm.config.load import config_from_toml, config_hash, config_to_toml, load_config
     from fedlm.config.schema import Config
-    from fedlm.config.validate import validate
 
 __all__ = [
     "Config",
@@ -21,10 +20,9 @@ __all__ = [
     "config_to_toml",
     "describe",
     "load_config",
-    "validate",
 ]
 
-_MODULES = {"Config": "schema", "describe": "keys", "validate": "validate"}
+_MODULES = {"Config": "schema", "describe": "keys"}
 
 
 def __getattr__(name: str) -> Any:

@@ -56,3 +56,17 @@ class DpAdafestOptions:
     selection_rounds: int = option(5, "rounds that ask for the words", low=1)
     selection_share: float = option(0.33, "part of the clip norm that the map gets there", above=0, high=0.6)
     selection_threshold: float = option(3.0, "least score of a row, in standard deviations of noise", low=0)
+
+
+@dataclass(frozen=True)
+class TrainLossOptions:
+    """Of the DP metric `train_loss`."""
+
+    bound: float = option(20.0, "larger training losses are reported as this", above=0)
+
+
+@dataclass(frozen=True)
+class NumTokensOptions:
+    """Of the DP metric `num_tokens`."""
+
+    bound: float = option(2_000.0, "larger token counts are reported as this", above=0)

@@ -35,6 +35,11 @@ class OptionValues(Mapping[str, Any]):
     def __hash__(self) -> int:
         return hash(tuple(self._values.items()))
 
+    def of(self, name: str) -> dict[str, Any]:
+        """Return the options of one class, where a key names many, by the option's own name."""
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in self._values.items() if key.startswith(start)}
+
     def __repr__(self) -> str:
         return f"OptionValues({self._values})"
 
@@ -277,11 +282,8 @@ class PrivacyConfig:
         choices=("isotropic", "public", "adaptive", "per_group", "published"),
     )
     noise_floor: float = option(0.5, "published: least noise of a group, as a part of the nominal", low=0.05, high=1)
-    metrics: tuple[str, ...] = option(
-        (), "metrics that leave devices with noise: train_loss, num_tokens, clip_fraction"
-    )
-    max_loss_metric: float = option(20.0, "larger training losses are reported as this", above=0)
-    max_tokens_metric: float = option(2_000.0, "larger token counts are reported as this", above=0)
+    metrics: tuple[str, ...] = option((), "metrics that leave devices with noise")
+    metric_options: OptionValues = option(factory=OptionValues)
     non_private_diagnostics: bool = option(
         True, "devices send norms, losses and causes of failure without noise, for the sinks named non-private"
     )
@@ -344,6 +346,14 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Further figures of held-out text; perplexity, bits per byte and log Z are always there."""
+
+    metrics: tuple[str, ...] = option((), "figures of held-out text beside perplexity")
+    options: OptionValues = option(factory=OptionValues)
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Central fine-tuning on one machine, `fedlm finetune`; what trains is the section [trainable]'s."""
 
@@ -400,5 +410,6 @@ class Config:
     privacy: PrivacyConfig = option(factory=PrivacyConfig)
     fleet: FleetConfig = option(factory=FleetConfig)
     execution: ExecutionConfig = option(factory=ExecutionConfig)
+    evaluation: EvaluationConfig = option(factory=EvaluationConfig)
     audit: AuditConfig = option(factory=AuditConfig)
     finetune: FinetuneConfig = option(factory=FinetuneConfig)

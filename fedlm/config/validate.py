@@ -18,11 +18,10 @@ from fedlm.config.keys import chosen
 from fedlm.config.schema import Config
 from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
-from fedlm.registry import COHORT_SAMPLERS, LOSSES, REGISTRIES
+from fedlm.registry import COHORT_SAMPLERS, DP_METRICS, LOSSES, REGISTRIES
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
 _PACKAGED_MODELS = ("minilm", "smollm2")  # of `fedlm.models.packages`
-METRIC_NAMES = ("train_loss", "num_tokens", "clip_fraction")  # of `fedlm.privacy.riders`, which loads numpy
 _MODULES_ONLY_OF = {"attention": "transformer", "mlp": "transformer", "recurrent": "lstm"}
 
 
@@ -223,11 +222,9 @@ def _mechanism(config: Config) -> Iterator[str]:
             f"privacy.clip_quantile = {privacy.clip_quantile} follows norms that privacy.allocation = 'per_group' has "
             "already bounded; set clip_quantile = 0, or another allocation"
         )
-    for name in privacy.metrics:
-        if name not in METRIC_NAMES:
-            yield f"privacy.metrics has {name!r}, choose from {', '.join(METRIC_NAMES)}"
-    if len(set(privacy.metrics)) < len(privacy.metrics):
-        yield f"privacy.metrics = {list(privacy.metrics)} names one twice; name each once"
+    for key, names in [("privacy.metrics", privacy.metrics), ("evaluation.metrics", config.evaluation.metrics)]:
+        if len(set(names)) < len(names):
+            yield f"{key} = {list(names)} names one twice; name each once"
     if privacy.mechanism != "gaussian" and privacy.allocation == "published":
         yield "privacy.allocation = 'published' is built for privacy.mechanism = 'gaussian' alone; set that"
 
@@ -299,7 +296,9 @@ def _local_example_dp(config: Config) -> Iterator[str]:
             "privacy.non_private_diagnostics = true lets devices tell norms and losses, which local.example_dp does "
             f"not noise; set it to false, {off}"
         )
-    for metric in {"train_loss", "num_tokens"} & set(config.privacy.metrics):
+    for metric in config.privacy.metrics:
+        if not DP_METRICS.resolve(metric).reads_training:
+            continue
         yield f"privacy.metrics has {metric!r}, which devices with local.example_dp do not tell; leave it out, {off}"
     if not config.fleet.is_unconstrained:
         yield (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.errors import DataError
 from fedlm.privacy import allocation
 from fedlm.privacy.adaptive_clip import bit_share, next_clip_norm
@@ -27,7 +27,6 @@ from fedlm.trainable.rows import sampler_of
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 Floats = npt.NDArray[np.float64]
-METRIC_SHARE = 0.1  # for each coordinate: its noise multiplier is ten times the update's
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +90,7 @@ class Adaptation:
         allocation: One of `allocation.KINDS`.
         moments, importance: By kind of block, m_g and w_g of public users, up to factors; empty: none.
         noise_floor: Least part of the nominal noise that the form as published may go down to.
-        metrics, metric_bounds: DP metrics.
+        metrics, metric_options: DP metrics, and what of their options is not the default (`name.option`, value).
         selection_rounds: First rounds that ask for the words of the devices; 0: none.
         selection_share: Of the clip norm, in those rounds.
         selection_threshold: Least score of a selected word, in standard deviations of its noise.
@@ -108,7 +107,7 @@ class Adaptation:
     importance: tuple[tuple[str, float], ...] = ()
     noise_floor: float = 0.5
     metrics: tuple[str, ...] = ()
-    metric_bounds: tuple[float, ...] = ()
+    metric_options: tuple[tuple[str, Any], ...] = ()
     selection_rounds: int = 0
     selection_share: float = 0.0
     selection_threshold: float = 0.0
@@ -151,7 +150,7 @@ class Adaptation:
             importance=tuple(sorted((importance or {}).items())),
             noise_floor=config.noise_floor,
             metrics=config.metrics,
-            metric_bounds=tuple(_bound(name, config) for name in config.metrics),
+            metric_options=tuple(config.metric_options.items()),
             selection_rounds=selection.selection_rounds if selection else 0,
             selection_share=selection.selection_share if selection else 0.0,
             selection_threshold=selection.selection_threshold if selection else 0.0,
@@ -253,8 +252,7 @@ class Adaptation:
     def _metric_riders(self) -> tuple[DPMetrics, ...]:
         if not self.metrics:
             return ()
-        share = METRIC_SHARE * (len(self.metrics) + 1) ** 0.5
-        return (DPMetrics(share, self.metrics, self.metric_bounds),)
+        return (DPMetrics.of(self.metrics, OptionValues(dict(self.metric_options))),)
 
     def _allocate(
         self, state: AllocationState, spec: UpdateSpec, clipper: Clipper, values: Vector, released: Released
@@ -288,10 +286,7 @@ class Adaptation:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
             for name in ("moments", "importance"):
                 values[name] = tuple((str(kind), float(value)) for kind, value in values[name])
+            values["metric_options"] = tuple((str(name), value) for name, value in values["metric_options"])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"stored adaptation cannot be read ({error}); it is of another version of fedlm") from error
-
-
-def _bound(name: str, config: PrivacyConfig) -> float:
-    return {"clip_fraction": 1.0, "num_tokens": config.max_tokens_metric}.get(name, config.max_loss_metric)

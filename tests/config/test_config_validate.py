@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlm.config import Config, load_config, validate
-from fedlm.config.validate import problems
+from fedlm.config import Config, load_config
+from fedlm.config.validate import problems, validate
 from fedlm.errors import ConfigError
 
 NO_ROWS = "trainable.embedding_rows.count=0"

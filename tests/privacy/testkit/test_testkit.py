@@ -11,9 +11,8 @@ from kit_plain import Adaptive, Correlated, Plain, Scaled, Separated
 
 from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.privacy.allocation import KINDS
-from fedlm.privacy.riders import METRICS
 from fedlm.privacy.testkit import CHECKS, Make, PrivacyTestFailure, StrategySubject, check_strategy, strategy_checks
-from fedlm.registry import COHORT_SAMPLERS, MECHANISMS
+from fedlm.registry import COHORT_SAMPLERS, DP_METRICS, MECHANISMS
 from server.strategies.fedadam import FedAdam
 from server.strategies.fedavg import FedAvg
 
@@ -38,7 +37,7 @@ CORRECT: dict[str, tuple[Make, tuple[str, ...]]] = {
     "fedavg, row selection and metrics": (
         StrategySubject(
             FedAvg,
-            PrivacyConfig(metrics=tuple(METRICS)),
+            PrivacyConfig(metrics=DP_METRICS.built_in),
             rows_config=RowsConfig(options=OptionValues({"selection_rounds": 2})),
         ),
         ("clip bound", *KEPT),
@@ -82,7 +81,7 @@ def test_every_option_of_privacy_that_changes_a_release_is_examined() -> None:
     assert {config.allocation for config in examined} == set(KINDS)
     samplers = {config.sampler or MECHANISMS.resolve(config.mechanism).samplers[0] for config in examined}
     assert samplers == {*COHORT_SAMPLERS.built_in}
-    assert {metric for config in examined for metric in config.metrics} == set(METRICS)
+    assert {metric for config in examined for metric in config.metrics} == set(DP_METRICS.built_in)
 
 
 @pytest.mark.parametrize("name", kit_mutants.MUTANTS)
