@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 
@@ -24,7 +24,6 @@ class RunSummary:
         perplexity_initial: Of the base, before the first round.
         perplexity: At the last evaluation.
         bits_per_byte: At the last evaluation.
-        evaluation: Further figures of the last evaluation, by name (`evaluation.metrics`).
         epsilon: Spent so far at `delta`, as planned; None is no finite epsilon.
         epsilon_realised: The same for the participation that the ledger saw; None while a run goes on.
         delta: Of the privacy statement.
@@ -42,6 +41,7 @@ class RunSummary:
         devices_sampled: Devices in all cohorts.
         lost_by_cause: How many of them did not train, by cause.
         virtual_hours: From the first round's start to the last one's end on the fleet's own clock; None without one.
+        evaluation: Further figures of the last evaluation, by name (`evaluation.metrics`).
     """
 
     run_dir: str
@@ -50,7 +50,6 @@ class RunSummary:
     perplexity_initial: float | None
     perplexity: float | None
     bits_per_byte: float | None
-    evaluation: dict[str, float]
     epsilon: float | None
     epsilon_realised: float | None
     delta: float | None
@@ -68,6 +67,7 @@ class RunSummary:
     devices_sampled: int
     lost_by_cause: dict[str, int]
     virtual_hours: float | None
+    evaluation: dict[str, float] = field(default_factory=dict)
 
     @property
     def counts_participations(self) -> bool:

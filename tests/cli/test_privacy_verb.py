@@ -83,7 +83,7 @@ def test_skellam_tells_both_guarantees() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mechanism gauss", "privacy.mechanism = 'gauss' is not built in"),
+        ("--mechanism gauss", "privacy.mechanism = 'gauss' is unknown; did you mean 'gaussian'?"),
         ("--mechanism tree --sampler poisson", "does not go with"),
         ("--cap 120", "--cap 120 has no meaning"),
         ("--sampler truncated_poisson", "cap"),
