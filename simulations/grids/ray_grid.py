@@ -27,7 +27,7 @@ from simulations.grids.node import Outcome, Scalar, new_context, node_ids, one_l
 from simulations.grids.ray_fleet import MAX_RESTARTS, RayFleet
 from simulations.grids.ray_lane import Lane, Letter
 from simulations.grids.ray_session import WORKER_ENVIRONMENT, RaySession, available_cores, store_capacity
-from simulations.grids.ray_worker import Setup, WorkerPlan
+from simulations.grids.ray_worker import WORKING_FOLDER, Setup, WorkerPlan
 
 PULL_WAIT_S = 0.05
 """Longest that `pull_messages` blocks when nothing is ready."""
@@ -81,7 +81,7 @@ class RayGrid(LocalGrid):
             return WorkerPlan(app, setup, new_context(index, num_nodes, run_config, node_config or {}))
 
         # workers here can import whatever this process can; on a cluster the packages are installed
-        environment = WORKER_ENVIRONMENT if address else {**WORKER_ENVIRONMENT, **_import_paths()}
+        environment = {**WORKER_ENVIRONMENT, WORKING_FOLDER: os.getcwd(), **({} if address else _import_paths())}
 
         def start_fleet(ray: Any) -> RayFleet:
             num_cpus = int(ray.cluster_resources().get("CPU", 0))

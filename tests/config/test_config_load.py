@@ -148,7 +148,10 @@ def test_override_values(override: str, path: str, value: object) -> None:
         ("data.corpus=", 'data.corpus = "" is not allowed; expected text, not empty'),
         ("trainable.lora.targets=mlp", 'expected a list of text; write ["mlp"]'),
         ('trainable.lora.targets=["mlp", 3]', "expected a list of text"),
-        ("loss.kind=NCE", "loss.kind = 'NCE' is unknown; did you mean 'nce'? Known: nce, sampled_softmax, full_softmax"),
+        (
+            "loss.kind=NCE",
+            "loss.kind = 'NCE' is unknown; did you mean 'nce'? Known: nce, sampled_softmax, full_softmax",
+        ),
         ("privacy=true", "privacy = true is not allowed; expected a table: privacy is a section"),
         ("seed={x=1}", 'seed = {"x": 1} is not allowed; expected a whole number >= 0'),
         ("seed", '--set "seed" is not allowed; expected KEY=VALUE, such as --set seed=3'),
