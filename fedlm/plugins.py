@@ -21,11 +21,17 @@ _folders: list[str] = []
 
 def search_in(folders: Iterable[str | Path]) -> None:
     """Find plug-in modules in these folders too, after everything that is importable without them."""
-    for folder in (str(Path(folder).resolve()) for folder in folders if Path(folder).is_dir()):
-        if folder not in _folders:
-            _folders.append(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
+    for folder in folders:
+        try:
+            path = str(Path(folder).resolve())
+        except (OSError, ValueError):  # a working folder that is gone, a name that no folder can have
+            continue
+        if not Path(path).is_dir():
+            continue
+        if path not in _folders:
+            _folders.append(path)
+        if path not in sys.path:
+            sys.path.append(path)
             importlib.invalidate_caches()
 
 

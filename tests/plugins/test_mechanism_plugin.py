@@ -97,3 +97,16 @@ def test_its_options_are_checked(job: Job) -> None:
         "is no noise mechanism; name a class that derives from fedlm.privacy.mechanisms.base.Mechanism"
         in job.refusal("privacy.mechanism=margin:MarginOptions")
     )
+
+
+def test_a_run_of_a_plug_in_that_is_gone_can_still_be_read(job: Job) -> None:
+    """The report names the mechanism as the run did; what needs its accounting says what is missing, in one line."""
+    job.write("margin", MARGIN)
+    job.simulate(KIND)
+    (job.folder / "margin.py").unlink()
+    job.forget("margin")
+    job.verb("report", str(job.run))
+    assert "margin:Margin" in (job.run / "report.html").read_text()
+    error = job.verb_error("privacy", "compare", "--run", str(job.run))
+    assert "stored mechanism 'margin:Margin' is not one of gaussian" in error
+    assert "No module named 'margin'" in error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fedlm import registry
 from fedlm.cli import main
 
 CONFIG = """
@@ -103,6 +106,12 @@ class Job:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Return the objects of a .jsonl file of the run."""
         return [json.loads(line) for line in (self.run / name).read_text().splitlines()]
+
+    def forget(self, name: str) -> None:
+        """Let this process forget a plug-in, as a new process would not know it."""
+        del sys.modules[name]
+        importlib.invalidate_caches()
+        registry._resolved.cache_clear()
 
     @property
     def run(self) -> Path:
