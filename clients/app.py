@@ -58,5 +58,5 @@ def _host(context: Context) -> DeviceHost:
     text = str(context.run_config["config"])
     if text not in _hosts:
         _hosts.clear()
-        _hosts[text] = DeviceHost(config_from_toml(text), _shared_weights)
+        _hosts[text] = DeviceHost(config_from_toml(text, imports_plugins=False), _shared_weights)
     return _hosts[text]

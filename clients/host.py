@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from clients.canaries import CanaryDevices
 from clients.partial_sum import KeptSum
@@ -25,6 +27,7 @@ from fedlm.errors import WorkerError
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, Weights, starts_from_base
 from fedlm.losses.evaluation import Score, score
+from fedlm.losses.metrics import ScoredTokens, contributions, metrics_of
 from fedlm.messages import (
     FROM_SCRATCH,
     NOT_FINITE,
@@ -36,7 +39,7 @@ from fedlm.messages import (
 )
 from fedlm.models.transformer import TransformerModel
 from fedlm.privacy.clipping import ClippedSum, ClipRecord
-from fedlm.privacy.riders import NO_WORDS, Facts, WordMap
+from fedlm.privacy.riders import NO_WORDS, Facts
 from fedlm.trainable.parts import Part, restricted
 from fedlm.training import products
 from fedlm.training.group import GroupTrainer, why_not_grouped
@@ -77,6 +80,7 @@ class DeviceHost:
         )
         is_grouped = not why_not_grouped(self._trainable, config)
         self._groups = GroupTrainer(self._trainable, config, frequencies) if is_grouped else None
+        self._metrics = metrics_of(config.evaluation)
         self._run, self._version, self._opened = "", 0, b""
 
     def train(self, broadcast: Broadcast, request: TrainRequest, kept: KeptSum) -> TrainReply:
@@ -185,7 +189,7 @@ class DeviceHost:
 
     def _facts(self, total: ClippedSum, text: Words, loss: float, num_tokens: int) -> Facts:
         """Return what the round's riders may ask; the words only where one does."""
-        asks_words = any(isinstance(rider, WordMap) for rider in total.clipper.riders)
+        asks_words = any(rider.wants_words for rider in total.clipper.riders)
         return Facts(loss, num_tokens, text.astype(np.int64) if asks_words else NO_WORDS)
 
     def _tokens(self, device: int) -> Words:
@@ -194,11 +198,12 @@ class DeviceHost:
 
     def _evaluate(self, broadcast: Broadcast, request: EvaluateRequest) -> EvaluateReply:
         if not self._apply(broadcast):
-            return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0)
+            return EvaluateReply(True, 0.0, 0, 0, 0.0, 0.0, [])
         self._trainable.load(self._blocks)
         self._trainable.model.eval()
         total = sum((self._score_user(user) for user in request.users.tolist()), Score())
-        return EvaluateReply(False, total.nll, total.num_tokens, total.num_bytes, total.log_z, total.log_z_squared)
+        sums = total.nll, total.num_tokens, total.num_bytes, total.log_z, total.log_z_squared
+        return EvaluateReply(False, *sums, list(total.metrics))
 
     def _apply(self, broadcast: Broadcast) -> bool:
         """Bring the values up to date; False if the patch does not fit."""
@@ -231,6 +236,13 @@ class DeviceHost:
                 rounds=broadcast.to_version,
             )
 
+    def _further(self, targets: Tensor, hidden: Tensor, nll: Tensor) -> tuple[float, ...]:
+        """Return what tokens (N,) add to the further metrics of the evaluation."""
+        model, frequencies = self._trainable.model, self._experiment.vocabulary.frequencies
+        tables = model.output_table, model.output_bias
+        scored = ScoredTokens(targets, nll, hidden, *tables, frequencies, self._config.loss.chunk)
+        return contributions(self._metrics, scored)
+
     @torch.no_grad()
     def _score_user(self, user: int) -> Score:
         model, store = self._trainable.model, self._experiment.store
@@ -242,14 +254,9 @@ class DeviceHost:
             mask = torch.from_numpy(batch.mask[part])  # (B, T)
             hidden = model.hidden(torch.from_numpy(batch.inputs[part]), mask)[mask]  # (N, D)
             targets = torch.from_numpy(batch.targets[part])[mask]  # (N,)
-            total += score(
-                hidden,
-                targets,
-                model.output_table,
-                model.output_bias,
-                num_bytes=0,
-                chunk=self._config.loss.chunk,
-            )
+            table, bias, chunk = model.output_table, model.output_bias, self._config.loss.chunk
+            further = partial(self._further, targets, hidden)
+            total += score(hidden, targets, table, bias, num_bytes=0, chunk=chunk, further=further)
         return total
 
 

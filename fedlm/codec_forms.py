@@ -6,6 +6,7 @@ float                                   itself; "inf", "-inf" or "nan"
 bytes                                   text in base64
 Enum                                    the member's name
 X | None                                null or that of X
+X | Y                                   that of the first that fits
 tuple, list                             a list
 Mapping[str, X]                         a table
 numpy array                             a table of dtype, shape and base64; by itself in `split` and `join`
@@ -16,6 +17,7 @@ base marked `union`                     the same, and "name"
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import re
 import reprlib
@@ -358,6 +360,8 @@ def _generic(hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Form:
         return _Choice({choice: choice for choice in arguments})
     if origin in (Union, types.UnionType) and len(arguments) == 2 and types.NoneType in arguments:
         return _Optional(form_of(next(kind for kind in arguments if kind is not types.NoneType)))
+    if origin in (Union, types.UnionType):
+        return _OneOf([form_of(kind) for kind in arguments])
     if origin is list or (origin is tuple and arguments[1:] == (...,)):
         return _Items(origin, [form_of(arguments[0])], any_length=True)
     if origin is tuple:
@@ -367,6 +371,27 @@ def _generic(hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Form:
     if origin is np.ndarray:
         return ArrayForm(get_args(arguments[1])[0])
     raise TypeError(f"{hint} has no plain form; mark the class as coded, or give the field another type")
+
+
+class _OneOf(Form):
+    """Values of one of some types, told apart by the plain data itself."""
+
+    def __init__(self, forms: Sequence[Form]) -> None:
+        self._forms = forms
+
+    def encode(self, value: Any) -> Any:
+        for form in self._forms:
+            with contextlib.suppress(TypeError):
+                plain = form.encode(value)
+                if _same(self.decode(plain, Place("")), value):
+                    return plain
+        raise TypeError(f"cannot encode {_brief(value)}")
+
+    def decode(self, plain: Any, place: Place) -> Any:
+        for form in self._forms:
+            with contextlib.suppress(DataError):
+                return form.decode(plain, place)
+        raise place.refusal(plain, "true or false, a number, text or a list of texts")
 
 
 def _table(plain: Any, place: Place, names: Collection[str] | None = None) -> dict[str, Any]:

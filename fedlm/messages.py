@@ -144,3 +144,4 @@ class EvaluateReply:
     num_bytes: int
     log_z: float
     log_z_squared: float
+    metrics: list[float]

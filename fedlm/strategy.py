@@ -11,7 +11,9 @@ A plug-in needs this module alone:
             return state.values + 0.5 * release.mean, {}
 
 and `strategy.kind = "mypkg.strategies:Averaging"` in the TOML file. A method that trains other blocks in other rounds,
-or changes blocks that no device sends, derives from `Strategy` and says so in `moves`, `sends` and `changes`.
+or changes blocks that no device sends, derives from `Strategy` and says so in `moves`, `sends` and `changes`. A
+class attribute `Options`, a frozen dataclass, gives it options of its own: [strategy.options] in the file,
+`self.options` here.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
+from fedlm.config.keys import typed_options
 from fedlm.config.schema import StrategyConfig
 from fedlm.privacy.release import Release
+from fedlm.registry import NoOptions
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 __all__ = ["Release", "ServerOptimizer", "Strategy", "StrategyState", "UpdateSpec", "Vector"]
@@ -52,9 +57,14 @@ class Strategy(ABC):
     """
 
     slot_names: tuple[str, ...] = ()
+    Options: ClassVar[type] = NoOptions
+    """What [strategy.options] may hold: a frozen dataclass whose fields are made with `fedlm.config.schema.option`."""
+    optimizer: ClassVar[str] = "sgd"
+    """How a step scales the noise of a release (`fedlm.models.noise_levels.step_variance`)."""
 
     def __init__(self, config: StrategyConfig) -> None:
         self.config = config
+        self.options: Any = typed_options(type(self), config.options, "strategy.options")
 
     def init(self, spec: UpdateSpec, values: Vector) -> StrategyState:
         """Return the first state, whose optimiser arrays are zero.

@@ -15,13 +15,14 @@ from fedlm.config.schema import Config, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment, is_pretrained, starts_from_base
 from fedlm.planning.forecast import round_spec, structure
-from fedlm.plugins import load_object
 from fedlm.privacy.allocation import groups_of
 from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.plan import PrivacyPlan
+from fedlm.registry import MECHANISMS, STRATEGIES
 from fedlm.strategy import Strategy
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import Trainable, build_trainable
+from fedlm.trainable.rows import sampler_of
 from fedlm.training.base import base_folder, has_base
 from fedlm.training.group import why_not_grouped
 from fedlm.training.pretrain import pretrain
@@ -31,7 +32,6 @@ from server.engine import Engine, Listener
 from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.run_guarantee import run_guarantee
-from server.strategies import BUILT_IN
 from server.turnout import EveryDevice, Fleet
 
 FleetMaker = Callable[[Experiment, Trainable], Fleet]
@@ -126,7 +126,7 @@ def plan_of(experiment: Experiment, public: PublicMoments | None = None) -> Priv
         vocabulary_size=experiment.vocabulary.size,
         moments=public.moments if public else None,
         importance=public.importance if public else None,
-        size=_most_coordinates(experiment) if config.privacy.mechanism == "skellam" else 0,
+        size=_most_coordinates(experiment) if MECHANISMS.resolve(config.privacy.mechanism).wants_size else 0,
     )
 
 
@@ -134,7 +134,7 @@ def _most_coordinates(experiment: Experiment) -> int:
     """Return an upper bound on what a round's device sends, answers to every query included."""
     config, frequencies = experiment.config, experiment.vocabulary.frequencies
     spec = round_spec(config, build_trainable(structure(experiment), config).spec, frequencies)
-    words = frequencies.size if config.trainable.embedding_rows.sampler == "dp_adafest" else 0
+    words = frequencies.size if sampler_of(config.trainable.embedding_rows).selects else 0
     metrics = len(config.privacy.metrics) + 1
     return spec.size + words + len(groups_of(spec)) + metrics + 1  # 1: the clip bit
 
@@ -156,11 +156,7 @@ def strategy_of(config: StrategyConfig) -> Strategy:
     Raises:
         ConfigError: Nothing of that name, or it does not fulfil the contract.
     """
-    built_in = BUILT_IN.get(config.kind)
-    if built_in is None and ":" not in config.kind:
-        known = ", ".join(BUILT_IN)
-        raise ConfigError(f"unknown strategy.kind {config.kind!r}; choose {known}, or name your own as pkg.mod:Class")
-    kind = built_in or load_object(config.kind, "strategy.kind")
+    kind = STRATEGIES.resolve(config.kind)
     try:
         strategy = kind(config)
     except TypeError as error:  # another signature, or no `step`

@@ -33,7 +33,7 @@ class Dispatcher:
         self._on_lost = on_lost
 
     def evaluate(
-        self, order: Order, requests: Sequence[EvaluateRequest], store: TokenStore
+        self, order: Order, requests: Sequence[EvaluateRequest], store: TokenStore, num_sums: int
     ) -> Iterator[tuple[int, EvaluateReply]]:
         """Yield `(index of the request, reply)` in the order of arrival.
 
@@ -41,11 +41,13 @@ class Dispatcher:
             order: What all messages share.
             requests: Which users to score.
             store: The corpus that they are in.
+            num_sums: Numbers that the further metrics of the evaluation add up.
 
         Raises:
             WorkerError: A request failed too often, or no node is left.
         """
-        return Exchange(self._nodes, order, requests, read=evaluation_reader(store), on_lost=self._on_lost).replies()
+        read = evaluation_reader(store, num_sums)
+        return Exchange(self._nodes, order, requests, read=read, on_lost=self._on_lost).replies()
 
     def train(
         self, order: Order, requests: Sequence[TrainRequest], take: Callable[[PartialSum], None]

@@ -18,6 +18,7 @@ from fedlm.codec import to_text
 from fedlm.data.batching import evaluation_users
 from fedlm.experiment import Experiment
 from fedlm.losses.evaluation import Score
+from fedlm.losses.metrics import metrics_of
 from fedlm.messages import EvaluateRequest, PartialSum, TrainRequest
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
@@ -252,7 +253,8 @@ class Engine:
         """Score the held-out users; parts are added in a fixed order, so the figure does not depend on the workers."""
         parts: dict[int, Score] = {}
         order, store = self._broadcaster.evaluation(self._state), self._experiment.store
-        for index, reply in self._dispatcher.evaluate(order, self._eval_requests, store):
+        num_sums = sum(metric.size for metric in metrics_of(self._config.evaluation))
+        for index, reply in self._dispatcher.evaluate(order, self._eval_requests, store, num_sums):
             figures = asdict(reply)
             del figures["stale"]
             parts[index] = Score(**figures)

@@ -94,11 +94,12 @@ def read_sum(asked: Sequence[tuple[int, TrainRequest]], content: RecordDict) -> 
     return partial
 
 
-def evaluation_reader(store: TokenStore) -> Callable[[EvaluateRequest, RecordDict], EvaluateReply]:
+def evaluation_reader(store: TokenStore, num_sums: int) -> Callable[[EvaluateRequest, RecordDict], EvaluateReply]:
     """Return what reads a node's scores of held-out users, whose tokens and bytes the server knows.
 
     Arguments:
         store: The corpus that the users of the requests are in.
+        num_sums: Numbers that the further metrics of the evaluation add up.
     """
 
     def read(request: EvaluateRequest, content: RecordDict) -> EvaluateReply:
@@ -115,6 +116,8 @@ def evaluation_reader(store: TokenStore) -> Callable[[EvaluateRequest, RecordDic
         for name in ("nll", "log_z", "log_z_squared"):
             if not abs(getattr(reply, name)) <= _LARGEST_SCORE:
                 raise DataError(f"the score has {name} = {getattr(reply, name)}, must be finite")
+        if len(reply.metrics) not in ({0, num_sums} if not num_targets else {num_sums}):
+            raise DataError(f"the score has {len(reply.metrics):,} sums of further metrics, asked for: {num_sums:,}")
         return reply
 
     return read

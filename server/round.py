@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.config.schema import RowsConfig
+from fedlm.config.schema import OptionValues, RowsConfig
 from fedlm.errors import ConfigError
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
@@ -129,10 +129,11 @@ class RoundOpener:
     def _row_ids(self, t: int, state: PrivacyState) -> RowIds:
         """Return the row set of a round: public, or what earlier releases have chosen."""
         config = self._experiment.config.trainable.embedding_rows
-        if config.sampler == "dp_adafest" and self._plan.enabled and t > config.selection_rounds:
+        if self._plan.enabled and 0 < self._plan.adaptation.selection_rounds < t:
             chosen = self._plan.selected_rows(state)
             # No word may stand out of the noise: then the public guess.
-            return chosen if len(chosen) else self._public_rows(t, replace(config, sampler="top_k"))
+            guess = replace(config, sampler="top_k", options=OptionValues())
+            return chosen if len(chosen) else self._public_rows(t, guess)
         return self._public_rows(t)
 
     def _public_rows(self, t: int, config: RowsConfig | None = None) -> RowIds:

@@ -15,6 +15,7 @@ import numpy as np
 from fedlm.config.load import config_hash
 from fedlm.config.schema import Config
 from fedlm.losses.evaluation import Score
+from fedlm.losses.metrics import evaluation_figures
 from fedlm.messages import NOT_FINITE, TrainReply
 from fedlm.privacy.adaptation import PrivacyState
 from fedlm.privacy.clipping import ClippedSum
@@ -185,7 +186,9 @@ class RunLines:
         nothing = {"devices": 0, "epsilon": 0.0, "stamps": self._stamps}
         line = metrics or {"round": 0, "seconds": round(self._seconds(), 3), **nothing}
         names = ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
-        return {**diagnostics, **line, **{name: getattr(score, name, None) for name in names}}
+        scores = {name: getattr(score, name, None) for name in names}
+        further = evaluation_figures(self._config.evaluation, score.metrics) if score and score.metrics else {}
+        return {**diagnostics, **line, **scores, **({"evaluation": {n: json_number(v) for n, v in further.items()}} if further else {})}
 
     def announcement(self, line: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
         """Return the progress event of a finished round, whose speed leaves evaluation out."""

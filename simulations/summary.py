@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
 
+from fedlm.errors import ConfigError
+from fedlm.registry import COHORT_SAMPLERS
 from simulations.run_files import RunRecord, number, read_run
-
-_COUNTED = {"separated", "cyclic_poisson"}
-"""Samplers whose guarantee needs participations to be counted."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class RunSummary:
         devices_sampled: Devices in all cohorts.
         lost_by_cause: How many of them did not train, by cause.
         virtual_hours: From the first round's start to the last one's end on the fleet's own clock; None without one.
+        evaluation: Further figures of the last evaluation, by name (`evaluation.metrics`).
     """
 
     run_dir: str
@@ -70,13 +71,21 @@ class RunSummary:
     devices_sampled: int
     lost_by_cause: dict[str, int]
     virtual_hours: float | None
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def counts_participations(self) -> bool:
+        """Whether the guarantee rests on how often a device came."""
+        with suppress(ConfigError):  # a plug-in that is gone
+            return bool(COHORT_SAMPLERS.resolve(self.sampler).keeps_separation)
+        return False
 
     @property
     def shows_realised(self) -> bool:
         """Whether what the ledger saw belongs beside the plan: they differ, or the plan rests on the ledger."""
         if self.epsilon is None or self.epsilon_realised is None:
             return False
-        return self.sampler in _COUNTED or not isclose(self.epsilon, self.epsilon_realised, rel_tol=1e-6)
+        return self.counts_participations or not isclose(self.epsilon, self.epsilon_realised, rel_tol=1e-6)
 
 
 def summarise(run: Path) -> RunSummary:
@@ -105,6 +114,7 @@ def summarise_record(record: RunRecord) -> RunSummary:
         perplexity_initial=number(record.metrics[0], "perplexity"),
         perplexity=_last(record, "perplexity"),
         bits_per_byte=_last(record, "bits_per_byte"),
+        evaluation=next((line["evaluation"] for line in reversed(record.metrics) if line.get("evaluation")), {}),
         epsilon=number(record.metrics[-1], "epsilon"),
         epsilon_realised=number(record.realised, "epsilon_realised"),
         delta=number(record.privacy, "delta"),

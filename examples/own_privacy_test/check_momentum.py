@@ -26,7 +26,7 @@ class Honest(ServerOptimizer):
     def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Update the momentum in place and move along it."""
         momentum = state.slots["momentum"]
-        momentum *= self.config.beta1
+        momentum *= 0.9
         momentum += release.mean
         return state.values + self.config.learning_rate * momentum, {}
 
@@ -38,7 +38,7 @@ class Forgetful(ServerOptimizer):
 
     def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Move along a momentum that no checkpoint stores."""
-        self.momentum = np.float32(self.config.beta1) * self.momentum + release.mean
+        self.momentum = np.float32(0.9) * self.momentum + release.mean
         return state.values + self.config.learning_rate * self.momentum, {}
 
 

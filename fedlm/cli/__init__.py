@@ -15,8 +15,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedlm.errors import FedlmError
+from fedlm.plugins import refuse_shadows, search_in
 
 QUIET_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
+        refuse_shadows()
+        search_in([Path()])
         code = _dispatch(words)
         sys.stdout.flush()
         return code

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import asdict
-from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -18,15 +16,9 @@ def strategies(json: Json = False) -> None:
 
     The built-in ones, and those that other packages install.
     """
-    from server.strategies import BUILT_IN
+    from fedlm.registry import STRATEGIES
 
-    rows = [
-        {"name": name, "class": f"{kind.__module__}:{kind.__qualname__}", "help": _first_line(kind)}
-        for name, kind in BUILT_IN.items()
-    ]
-    # Other packages are listed but not imported: a broken one must not break the list.
-    installed = sorted(entry_points(group="fedlm.strategies"), key=lambda point: point.name)
-    rows += [{"name": point.name, "class": point.value, "help": "(entry point)"} for point in installed]
+    rows = STRATEGIES.rows()
     if json:
         print_json({"strategies": rows})
     else:
@@ -52,7 +44,3 @@ def doctor(
             mark, fix = ("ok  ", "") if check.ok else ("warn", f"; {check.fix}")
             print(f"{mark} {check.name}: {check.found}{fix}")
     raise typer.Exit(0 if ok else 1)
-
-
-def _first_line(kind: type) -> str:
-    return (inspect.getdoc(kind) or "").partition("\n")[0]

@@ -13,6 +13,7 @@ import typer
 from fedlm.cli.options import Json
 from fedlm.cli.output import print_json, print_table
 from fedlm.errors import ConfigError, OutputError
+from fedlm.registry import COHORT_SAMPLERS, MECHANISMS
 from fedlm.rounding import rounded_up, stamped
 
 if TYPE_CHECKING:
@@ -46,21 +47,21 @@ Delta = Annotated[float, typer.Option(click_type=Positive(max=1), help="Below on
 AllowLargeDelta = Annotated[
     bool, typer.Option("--allow-large-delta", help="Accept a delta of 1 / population or more, and warn of it.")
 ]
-MechanismName = Annotated[str, typer.Option("--mechanism", help="gaussian, blt, banded, tree, local or skellam.")]
+MechanismName = Annotated[str, typer.Option("--mechanism", help=f"{MECHANISMS.allowed}.")]
 Sampler = Annotated[
     str,
-    typer.Option(help="poisson, truncated_poisson, fixed, cyclic_poisson or separated; empty: the mechanism's own."),
+    typer.Option(help=f"{COHORT_SAMPLERS.allowed}; empty: the mechanism's own."),
 ]
 Cap = Annotated[int, typer.Option(min=0, help="truncated_poisson: the largest cohort.")]
 MinSeparation = Annotated[
     int, typer.Option(min=0, help="separated: rounds between two of a user's; 0: population / cohort.")
 ]
 MaxParticipations = Annotated[int, typer.Option(min=0, help="Most rounds of one user; 0: as the separation has it.")]
-Bands = Annotated[int, typer.Option(min=0, help="banded: bands of the matrix; 0: the best number.")]
-Buffers = Annotated[int, typer.Option(min=1, max=4, help="blt: buffers.")]
-Size = Annotated[int, typer.Option(min=1, help="skellam: coordinates of an update.")]
-GridBits = Annotated[int, typer.Option(min=4, max=18, help="skellam: the clip norm is 2^this steps.")]
-MinSurvivors = Annotated[int, typer.Option(min=0, help="skellam: least devices of a sum; 0: a third of the cohort.")]
+Size = Annotated[int, typer.Option(min=1, help="Coordinates of an update, for mechanisms that are made for a number.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="An option of the mechanism (bands=8); repeatable."),
+]
 
 
 @app.command()
@@ -77,11 +78,8 @@ def epsilon(
     cap: Cap = 0,
     min_separation: MinSeparation = 0,
     max_participations: MaxParticipations = 0,
-    bands: Bands = 0,
-    buffers: Buffers = 2,
+    option: Options = None,
     size: Size = 1_000_000,
-    grid_bits: GridBits = 16,
-    min_survivors: MinSurvivors = 0,
     allow_large_delta: AllowLargeDelta = False,
     json: Json = False,
 ) -> None:
@@ -90,8 +88,7 @@ def epsilon(
     _require_delta(delta, population, allow_large_delta)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
-    options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
-    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, **options)
+    made = _create(mechanism, rule, delta, noise_multiplier=noise_multiplier, epsilon=0.0, size=size, options=option)
     spent = made.epsilon(noise_multiplier=noise_multiplier, num_releases=rounds, delta=delta)
     guarantee = _guarantee(made, spent, delta, noise_multiplier)
     _print(json, "epsilon", spent, guarantee, made, noise_multiplier)
@@ -109,11 +106,8 @@ def calibrate(
     cap: Cap = 0,
     min_separation: MinSeparation = 0,
     max_participations: MaxParticipations = 0,
-    bands: Bands = 0,
-    buffers: Buffers = 2,
+    option: Options = None,
     size: Size = 1_000_000,
-    grid_bits: GridBits = 16,
-    min_survivors: MinSurvivors = 0,
     allow_large_delta: AllowLargeDelta = False,
     json: Json = False,
 ) -> None:
@@ -122,8 +116,7 @@ def calibrate(
     _require_delta(delta, population, allow_large_delta)
     fleet = {"population": population, "cohort": cohort, "rounds": rounds}
     rule = _rule(fleet, mechanism, sampler, cap, min_separation, max_participations)
-    options = {"bands": bands, "buffers": buffers, "size": size, "grid_bits": grid_bits, "min_survivors": min_survivors}
-    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, **options)
+    made = _create(mechanism, rule, delta, noise_multiplier=0.0, epsilon=epsilon, size=size, options=option)
     noise = made.noise_multiplier(epsilon=epsilon, delta=delta)
     _print(json, "noise_multiplier", noise, _guarantee(made, epsilon, delta, noise), made, noise)
 
@@ -218,10 +211,9 @@ def _rule(
 ) -> Participation:
     """Return who can be in which cohort, with what was left out filled in."""
     from fedlm.privacy.cohorts import participation_rule
-    from fedlm.privacy.mechanisms import SAMPLERS
 
     return participation_rule(
-        sampler or SAMPLERS.get(mechanism, ("poisson",))[0],
+        sampler or MECHANISMS.resolve(mechanism).samplers[0],
         **fleet,
         cap=cap,
         min_separation=min_separation,
@@ -229,12 +221,18 @@ def _rule(
     )
 
 
-def _create(name: str, rule: Participation, delta: float, **options: Any) -> Mechanism:
+def _create(
+    name: str, rule: Participation, delta: float, *, options: Sequence[str] | None, **numbers: Any
+) -> Mechanism:
+    from fedlm.config.keys import typed_options
+    from fedlm.config.load import parse_options
     from fedlm.privacy.mechanisms import create
 
-    if rule.cap and rule.sampler != "truncated_poisson":
+    if rule.cap and not COHORT_SAMPLERS.resolve(rule.sampler).takes_cap:
         raise ConfigError(f"--cap {rule.cap} has no meaning for --sampler {rule.sampler}; use truncated_poisson")
-    return create(name, rule, delta=delta, **options)
+    parsed = parse_options(options or ())
+    typed_options(MECHANISMS.resolve(name), parsed, MECHANISMS.options_key)
+    return create(name, rule, delta=delta, **numbers, **parsed)
 
 
 def _guarantee(mechanism: Mechanism, epsilon: float, delta: float, noise_multiplier: float) -> Guarantee:
@@ -265,20 +263,20 @@ def _print(json: bool, name: str, value: float, guarantee: Guarantee, mechanism:
         json: Print one object.
         name, value: What was asked for.
         guarantee: Of the mechanism.
-        mechanism: For Skellam noise.
+        mechanism: Says how devices encode, if they do.
         noise: Its multiplier.
     """
     from fedlm.privacy.guarantee import to_dict
-    from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 
     found: dict[str, object] = {}
-    if isinstance(mechanism, DistributedSkellam):
-        rounds, design = mechanism.participation.rounds, mechanism.design(noise, delta=guarantee.delta)
+    encoder = mechanism.encoder(noise, delta=guarantee.delta, size=0)
+    if encoder is not None:
+        rounds = mechanism.participation.rounds
         server = mechanism.epsilon_server(noise_multiplier=noise, num_releases=rounds, delta=guarantee.delta)
-        found = {"epsilon_server": server, "bits": design.bits}
+        found = {"epsilon_server": server, "bits": encoder.bits}
         against = (
             f"Epsilon {rounded_up(server)} against a server that knows the cohorts and gets sums of "
-            f"{mechanism.min_survivors:,} devices or more; {design.bits} bits a coordinate."
+            f"{encoder.min_survivors:,} devices or more; {encoder.bits} bits a coordinate."
         )
         guarantee = replace(guarantee, sentences=(*guarantee.sentences, against))
     if json:

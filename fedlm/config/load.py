@@ -16,9 +16,9 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -26,10 +26,11 @@ from fedlm.config.keys import build, flatten, show, to_flat
 from fedlm.config.schema import Config
 from fedlm.config.validate import validate
 from fedlm.errors import ConfigError
+from fedlm.plugins import search_in
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a TOML file with overrides on top.
+    """Return the config of a TOML file with overrides on top; plug-ins beside the file are found from now on.
 
     Arguments:
         path: The file; None means the defaults of the schema.
@@ -39,20 +40,34 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read or is no TOML, an unknown key, a value that is not allowed, or a
             combination that cannot work (`fedlm.config.validate`).
     """
+    search_in([Path() if path is None else path.parent, Path()])
     values = {} if path is None else dict(flatten(_parse(_read(path), str(path))))
     for override in overrides:
         values.update(_parse_override(override))
     return _checked(values)
 
 
-def config_from_toml(text: str) -> Config:
-    """Return the config of a TOML text; raises ConfigError like `load_config`."""
-    return _checked(dict(flatten(_parse(text, "config"))))
+def config_from_toml(text: str, *, imports_plugins: bool = True) -> Config:
+    """Return the config of a TOML text; raises ConfigError like `load_config`.
+
+    Arguments:
+        text: The TOML.
+        imports_plugins: False on nodes: what a text says of classes that are not built in has been checked by who sent
+            it, and a node needs only those plug-ins that it uses.
+    """
+    return _checked(dict(flatten(_parse(text, "config"))), imports_plugins=imports_plugins)
 
 
 def config_to_toml(config: Config) -> str:
     """Return the complete config, defaults included, as TOML that loads to an equal config."""
-    return tomli_w.dumps(asdict(build(to_flat(config))))
+    tables: dict[str, Any] = {}
+    for path, value in to_flat(config).items():
+        *sections, leaf = path.split(".")
+        table = tables
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[leaf] = value
+    return tomli_w.dumps(tables)
 
 
 def config_hash(config: Config) -> str:
@@ -61,9 +76,9 @@ def config_hash(config: Config) -> str:
     return sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _checked(values: dict[str, object]) -> Config:
-    config = build(values)
-    validate(config)
+def _checked(values: dict[str, object], *, imports_plugins: bool = True) -> Config:
+    config = build(values, imports_plugins=imports_plugins)
+    validate(config, imports_plugins=imports_plugins)
     return config
 
 
@@ -106,6 +121,17 @@ def _parse_override(override: str) -> dict[str, object]:
     except UnicodeEncodeError:
         raise ConfigError(f"--set {path} = {show(text)[:60]!a} is not allowed; expected UTF-8 text") from None
     return dict(flatten(_parse_value(text), path))
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Return options of a class from `key=value` words, unchecked; raises ConfigError for other words."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or not name:
+            raise ConfigError(f"--option {show(word)} is not allowed; expected KEY=VALUE, such as --option bands=8")
+        found[name] = _parse_value(text)
+    return found
 
 
 def _parse_value(text: str) -> object:

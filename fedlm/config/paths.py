@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from fedlm.config.keys import chosen
 from fedlm.config.schema import Config
+from fedlm.plugins import folders_of
+from fedlm.registry import REGISTRIES
 
 WORDS = frozenset(
     {"chitchat", "synthetic", "wordfreq", "model", "transformer", "lstm", "pretrain", "random", "public"}
@@ -17,11 +20,13 @@ WORDS = frozenset(
 def with_absolute_paths(config: Config) -> Config:
     """Return the config with every path that it names made absolute.
 
-    A key that takes either a name or a path (`data.corpus`, `model.name`) is left alone unless something lies there.
+    So are the folders that its plug-ins lie in: nodes and a resumed run find them by `plugin_folders`. A key that takes
+    either a name or a path (`data.corpus`, `model.name`) is left alone unless something lies there.
     """
     lora = config.trainable.lora
     return replace(
         config,
+        plugin_folders=folders_of(_plugins(config)),
         data=replace(
             config.data,
             corpus=_if_it_exists(config.data.corpus),
@@ -36,6 +41,12 @@ def with_absolute_paths(config: Config) -> Config:
             config.finetune, train=_if_it_exists(config.finetune.train), test=_if_it_exists(config.finetune.test)
         ),
     )
+
+
+def _plugins(config: Config) -> list[str]:
+    """Return every `pkg.mod:attribute` that the config names."""
+    named = [config.data.corpus, *(name for registry in REGISTRIES for name in chosen(config, registry))]
+    return [name for name in named if ":" in name]
 
 
 def _if_it_exists(text: str) -> str:

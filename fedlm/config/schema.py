@@ -6,10 +6,46 @@ them, `fedlm.config.load` enforces them. The defaults are the default job of `fe
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 _UNSET: Any = object()
+
+
+OptionValue = bool | int | float | str | tuple[str, ...]
+"""What an option of a class may be."""
+
+
+class OptionValues(Mapping[str, Any]):
+    """The options of classes that a config names: what differs from their defaults, by option; frozen and hashable.
+
+    `fedlm.config.keys.typed_options` makes an instance of the class's `Options` of them. Where a key names many
+    classes, an option of one is `name.option`.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        self._values = dict(sorted((values or {}).items()))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Return the options of one class, where a key names many, by the option's own name."""
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in self._values.items() if key.startswith(start)}
+
+    def __repr__(self) -> str:
+        return f"OptionValues({self._values})"
 
 
 def option(
@@ -117,19 +153,9 @@ class LoraConfig:
 class RowsConfig:
     """Partial Embedding Updates; count 0 means none."""
 
-    sampler: str = option(
-        "power",
-        "how each round's public row set is drawn; dp_adafest: power at first, then the rows that a noisy, paid map of "
-        "the devices' words chose",
-        choices=("uniform", "power", "top_k", "cyclic", "dp_adafest"),
-    )
-    alpha: float = option(0.5, "power sampler: inclusion probability ~ frequency^alpha", low=0, high=2)
+    sampler: str = option("power", "how each round's public row set is drawn")
     count: int = option(5_000, "rows in a round's set; 0: no embedding rows train", low=0)
-    selection_rounds: int = option(5, "dp_adafest: rounds that ask for the words", low=1)
-    selection_share: float = option(
-        0.33, "dp_adafest: part of the clip norm that the map gets there", above=0, high=0.6
-    )
-    selection_threshold: float = option(3.0, "dp_adafest: least score of a row, in standard deviations of noise", low=0)
+    options: OptionValues = option(factory=OptionValues)
 
 
 @dataclass(frozen=True)
@@ -147,7 +173,8 @@ class TrainableConfig:
 class LossConfig:
     """The local training loss; evaluation is always the exact full softmax."""
 
-    kind: str = option("nce", "training loss", choices=("nce", "sampled_softmax", "full_softmax"))
+    kind: str = option("nce", "training loss")
+    options: OptionValues = option(factory=OptionValues)
     negatives: int = option(512, "negatives drawn for each batch", low=1)
     noise_power: float = option(1.0, "negatives ~ public frequency^noise_power", low=0, high=2)
     negatives_from: str = option(
@@ -212,11 +239,9 @@ class LocalConfig:
 class StrategyConfig:
     """The server's aggregation strategy."""
 
-    kind: str = option("fedadam", "fedavg, fedadam, or pkg.mod:Class")
+    kind: str = option("fedadam", "how releases move the model")
     learning_rate: float = option(0.01, "server learning rate", above=0)
-    beta1: float = option(0.9, "fedadam: first moment", low=0, high=0.9999)
-    beta2: float = option(0.99, "fedadam: second moment", low=0, high=0.99999)
-    epsilon: float = option(1e-4, "fedadam: added to the root of the second moment", above=0)
+    options: OptionValues = option(factory=OptionValues)
 
 
 @dataclass(frozen=True)
@@ -236,8 +261,8 @@ class PrivacyConfig:
         "gaussian",
         "how the noise of rounds is correlated: gaussian (not at all), blt, banded, tree; local: every device's own; "
         "skellam: each device's part of it, for secure aggregation",
-        choices=("gaussian", "blt", "banded", "tree", "local", "skellam"),
     )
+    options: OptionValues = option(factory=OptionValues)
     sampler: str = option(
         "",
         "who is in a cohort: poisson, truncated_poisson, fixed, cyclic_poisson (banded), separated (devices take "
@@ -248,12 +273,6 @@ class PrivacyConfig:
         0, "separated: rounds between two of a user's own; 0: as many as the fleet gives", low=0
     )
     max_participations: int = option(0, "most rounds of one user; 0: rounds / min_separation", low=0)
-    bands: int = option(0, "banded: bands of the matrix; 0: the best number", low=0)
-    buffers: int = option(2, "blt: buffers", low=1, high=4)
-    grid_bits: int = option(16, "skellam: the clip norm is 2^this steps", low=4, high=18)
-    min_survivors: int = option(
-        0, "skellam: least devices whose sum the server is shown; 0: a third of the cohort", low=0
-    )
     clip_quantile: float = option(
         0.0, "adaptive clipping: the quantile of update norms that the clip norm follows; 0: it stays", low=0, high=0.99
     )
@@ -267,11 +286,8 @@ class PrivacyConfig:
         choices=("isotropic", "public", "adaptive", "per_group", "published"),
     )
     noise_floor: float = option(0.5, "published: least noise of a group, as a part of the nominal", low=0.05, high=1)
-    metrics: tuple[str, ...] = option(
-        (), "metrics that leave devices with noise: train_loss, num_tokens, clip_fraction"
-    )
-    max_loss_metric: float = option(20.0, "larger training losses are reported as this", above=0)
-    max_tokens_metric: float = option(2_000.0, "larger token counts are reported as this", above=0)
+    metrics: tuple[str, ...] = option((), "metrics that leave devices with noise")
+    metric_options: OptionValues = option(factory=OptionValues)
     non_private_diagnostics: bool = option(
         True, "devices send norms, losses and causes of failure without noise, for the sinks named non-private"
     )
@@ -341,6 +357,14 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Further figures of held-out text; perplexity, bits per byte and log Z are always there."""
+
+    metrics: tuple[str, ...] = option((), "figures of held-out text beside perplexity")
+    options: OptionValues = option(factory=OptionValues)
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Central fine-tuning on one machine, `fedlm finetune`; what trains is the section [trainable]'s."""
 
@@ -382,6 +406,9 @@ class Config:
 
     seed: int = option(1, "public; of everything but privacy noise and cohorts", low=0)
     rounds: int = option(30, "federated rounds", low=1)
+    plugin_folders: tuple[str, ...] = option(
+        (), "folders of plug-ins named pkg.mod:Class, beside those of the config file and the working folder"
+    )
     data: DataConfig = option(factory=DataConfig)
     synthetic: SyntheticConfig = option(factory=SyntheticConfig)
     vocabulary: VocabularyConfig = option(factory=VocabularyConfig)
@@ -394,5 +421,6 @@ class Config:
     privacy: PrivacyConfig = option(factory=PrivacyConfig)
     fleet: FleetConfig = option(factory=FleetConfig)
     execution: ExecutionConfig = option(factory=ExecutionConfig)
+    evaluation: EvaluationConfig = option(factory=EvaluationConfig)
     audit: AuditConfig = option(factory=AuditConfig)
     finetune: FinetuneConfig = option(factory=FinetuneConfig)

@@ -14,24 +14,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fedlm.config.keys import chosen
 from fedlm.config.schema import Config
 from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
+from fedlm.registry import COHORT_SAMPLERS, DP_METRICS, LOSSES, REGISTRIES
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
 _PACKAGED_MODELS = ("minilm", "smollm2")  # of `fedlm.models.packages`
-METRIC_NAMES = ("train_loss", "num_tokens", "clip_fraction")  # of `fedlm.privacy.riders`, which loads numpy
-CORRELATED = ("blt", "banded", "tree")
 _MODULES_ONLY_OF = {"attention": "transformer", "mlp": "transformer", "recurrent": "lstm"}
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, imports_plugins: bool = True) -> None:
     """Refuse a config whose values are each allowed but cannot work together.
+
+    Arguments:
+        config: The experiment.
+        imports_plugins: Also ask the classes that it names and that are not built in.
 
     Raises:
         ConfigError: The first problem found, with its fix.
     """
-    for problem in problems(config):
+    for problem in problems(config, imports_plugins=imports_plugins):
         raise ConfigError(problem)
 
 
@@ -50,10 +54,13 @@ def validate_sizes(config: Config, size: int, name: str) -> None:
         raise ConfigError(problem)
 
 
-def problems(config: Config) -> Iterator[str]:
-    """Yield every problem of a config, one sentence each."""
+def problems(config: Config, *, imports_plugins: bool = True) -> Iterator[str]:
+    """Yield every problem of a config, one sentence each; those that the classes it names know of come last."""
     for check in CHECKS:
         yield from check(config)
+    for registry in REGISTRIES:
+        for name in chosen(config, registry):
+            yield from registry.problems(name, config, imports_plugins=imports_plugins)
 
 
 def _misspelt_words(config: Config) -> Iterator[str]:
@@ -159,7 +166,7 @@ def _trainable(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     loss, rows = config.loss, config.trainable.embedding_rows.count
-    sampled, from_rows = loss.kind != "full_softmax", loss.negatives_from == "rows"
+    sampled, from_rows = LOSSES.resolve(loss.kind).draws_negatives, loss.negatives_from == "rows"
     if from_rows and not sampled:
         yield "loss.negatives_from = 'rows' needs a loss that draws negatives; set loss.kind = 'nce'"
     if from_rows and sampled and rows == 0:
@@ -183,7 +190,7 @@ def _sizes(config: Config, size: int, name: str) -> Iterator[str]:
     rows, negatives = config.trainable.embedding_rows.count, config.loss.negatives
     if rows > size and not config.finetune.train:  # row sets are of federated runs
         yield f"trainable.embedding_rows.count = {rows} is more than {name} = {size}; set it to at most {size}"
-    if config.loss.kind != "full_softmax" and negatives >= size:
+    if LOSSES.resolve(config.loss.kind).draws_negatives and negatives >= size:
         yield _too_many_negatives("loss.negatives", negatives, size, name)
 
 
@@ -208,37 +215,18 @@ def _privacy(config: Config) -> Iterator[str]:
 
 def _mechanism(config: Config) -> Iterator[str]:
     privacy = config.privacy
-    if privacy.cap and privacy.sampler != "truncated_poisson":
+    if privacy.cap and not (privacy.sampler and COHORT_SAMPLERS.resolve(privacy.sampler).takes_cap):
         yield f"privacy.cap = {privacy.cap} needs privacy.sampler = 'truncated_poisson'; set it, or privacy.cap = 0"
-    if privacy.min_survivors and privacy.mechanism != "skellam":
-        yield (
-            f"privacy.min_survivors = {privacy.min_survivors} needs privacy.mechanism = 'skellam'; set it, or "
-            "privacy.min_survivors = 0"
-        )
     if privacy.clip_quantile and privacy.allocation == "per_group":
         yield (
             f"privacy.clip_quantile = {privacy.clip_quantile} follows norms that privacy.allocation = 'per_group' has "
             "already bounded; set clip_quantile = 0, or another allocation"
         )
-    for name in privacy.metrics:
-        if name not in METRIC_NAMES:
-            yield f"privacy.metrics has {name!r}, choose from {', '.join(METRIC_NAMES)}"
-    if len(set(privacy.metrics)) < len(privacy.metrics):
-        yield f"privacy.metrics = {list(privacy.metrics)} names one twice; name each once"
-    rows = config.trainable.embedding_rows
-    changing = rows.count and rows.sampler != "top_k"
-    if privacy.enabled and privacy.mechanism in CORRELATED and changing:
-        yield (
-            f"privacy.mechanism = {privacy.mechanism!r} takes noise back in later rounds, which need the same rows, "
-            f"but trainable.embedding_rows.sampler = {rows.sampler!r}; set it to 'top_k', or count = 0"
-        )
+    for key, names in [("privacy.metrics", privacy.metrics), ("evaluation.metrics", config.evaluation.metrics)]:
+        if len(set(names)) < len(names):
+            yield f"{key} = {list(names)} names one twice; name each once"
     if privacy.mechanism != "gaussian" and privacy.allocation == "published":
         yield "privacy.allocation = 'published' is built for privacy.mechanism = 'gaussian' alone; set that"
-    if rows.sampler == "dp_adafest" and rows.count and rows.selection_rounds >= config.rounds:
-        yield (
-            f"trainable.embedding_rows.selection_rounds = {rows.selection_rounds} leaves no round of {config.rounds} "
-            f"for the selected rows; set it below {config.rounds}"
-        )
 
 
 def _cohort(config: Config, name: str, devices: int) -> Iterator[str]:
@@ -270,6 +258,17 @@ def _example_dp(config: Config) -> Iterator[str]:
                 f"{name}.enabled = true needs {name}.epsilon or {name}.noise_multiplier above 0; "
                 f"set one, or {name}.enabled = false"
             )
+    if not LOSSES.resolve(config.loss.kind).per_example:
+        for name, needs in [
+            ("local.example_dp", config.local.example_dp.enabled),
+            ("finetune.train", bool(config.finetune.train) and config.finetune.task == "language_model"),
+        ]:
+            if needs:
+                known = ", ".join(kind for kind in LOSSES.built_in if LOSSES.resolve(kind).per_example)
+                yield (
+                    f"loss.kind = {config.loss.kind!r} has no gradients of single examples, which {name} needs; set "
+                    f"loss.kind to one of {known}"
+                )
     if config.local.example_dp.enabled:
         yield from _local_example_dp(config)
 
@@ -282,7 +281,7 @@ def _local_example_dp(config: Config) -> Iterator[str]:
             f"local.example_dp.engine = {config.local.example_dp.engine!r} is the reference for fedlm finetune alone; "
             "set local.example_dp.engine = 'fedlm'"
         )
-    if config.loss.kind != "full_softmax" and config.loss.negatives_from == "rows":
+    if LOSSES.resolve(config.loss.kind).draws_negatives and config.loss.negatives_from == "rows":
         yield (
             "loss.negatives_from = 'rows' masks targets by the row set, which local.example_dp does not know; "
             f"set loss.negatives_from = 'vocabulary', {off}"
@@ -297,18 +296,14 @@ def _local_example_dp(config: Config) -> Iterator[str]:
             "privacy.non_private_diagnostics = true lets devices tell norms and losses, which local.example_dp does "
             f"not noise; set it to false, {off}"
         )
-    for metric in {"train_loss", "num_tokens"} & set(config.privacy.metrics):
+    for metric in config.privacy.metrics:
+        if not DP_METRICS.resolve(metric).reads_training:
+            continue
         yield f"privacy.metrics has {metric!r}, which devices with local.example_dp do not tell; leave it out, {off}"
     if not config.fleet.is_unconstrained:
         yield (
             f"fleet.profile = {config.fleet.profile!r} with fleet.memory_mb = {config.fleet.memory_mb:g} predicts what "
             f"plain SGD needs, not local.example_dp; set 'uniform' and 0, {off}"
-        )
-    rows = config.trainable.embedding_rows
-    if rows.count and rows.sampler == "dp_adafest":
-        yield (
-            "trainable.embedding_rows.sampler = 'dp_adafest' has devices send maps of their words, which "
-            f"local.example_dp does not noise; set another sampler, {off}"
         )
 
 

@@ -23,6 +23,7 @@ from fedlm.example_dp.task import Examples, Task
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
 from fedlm.randomness import stream
+from fedlm.registry import LOSSES
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 
 
@@ -62,7 +63,7 @@ class LanguageTask(Task[Batch]):
         owned = _own_tables(self.model, tables)
         self.trained: Mapping[str, Tensor] = {**trainable.parameters, **owned}
         self._noise: NoiseDistribution | None = None
-        if config.loss.kind != "full_softmax":
+        if LOSSES.resolve(config.loss.kind).draws_negatives:
             _refuse_rows(config)
             self._noise = NoiseDistribution(frequencies, config.loss, np.empty(0, np.int64))
             self._log_expected = torch.from_numpy(self._noise.log_expected)  # (V,)

@@ -8,7 +8,9 @@ NCE, E[log Z] and its spread tell how far the scores are from normalising themse
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import add
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ class Score:
         num_bytes: UTF-8 bytes of their text.
         log_z: Sum of log Z.
         log_z_squared: Sum of its square.
+        metrics: Sums of further numbers (`fedlm.losses.metrics`), as many in every part; none in an empty score.
     """
 
     nll: float = 0.0
@@ -33,6 +36,11 @@ class Score:
     num_bytes: int = 0
     log_z: float = 0.0
     log_z_squared: float = 0.0
+    metrics: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Make a tuple of what a message had as a list."""
+        object.__setattr__(self, "metrics", tuple(self.metrics))
 
     def __add__(self, other: Score) -> Score:
         return Score(
@@ -41,6 +49,9 @@ class Score:
             self.num_bytes + other.num_bytes,
             self.log_z + other.log_z,
             self.log_z_squared + other.log_z_squared,
+            tuple(map(add, self.metrics, other.metrics))
+            if self.metrics and other.metrics
+            else self.metrics or other.metrics,
         )
 
     @property
@@ -65,7 +76,16 @@ class Score:
 
 
 @torch.no_grad()
-def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *, num_bytes: int, chunk: int) -> Score:
+def score(
+    hidden: Tensor,
+    targets: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    *,
+    num_bytes: int,
+    chunk: int,
+    further: Callable[[Tensor], tuple[float, ...]] = lambda nll: (),
+) -> Score:
     """Score tokens exactly.
 
     Edge cases: a diverged model's figures that are not finite count as the largest number of fp32, so a score always
@@ -78,6 +98,7 @@ def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *
         bias: (V,) or None.
         num_bytes: UTF-8 bytes of the text that these tokens stand for.
         chunk: Vocabulary entries at a time.
+        further: Returns `Score.metrics` of these tokens, given the negative log likelihood of each (N,).
     """
     log_z = log_normaliser(hidden, table, bias, chunk)  # (N,)
     nll = _finite(log_z - target_scores(hidden, targets, table, bias)).double()
@@ -88,6 +109,7 @@ def score(hidden: Tensor, targets: Tensor, table: Tensor, bias: Tensor | None, *
         num_bytes=num_bytes,
         log_z=float(log_z.sum()),
         log_z_squared=float((log_z**2).sum()),
+        metrics=further(nll),
     )
 
 

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from fedlm.config.schema import Config
+from fedlm.config.schema import Config, OptionValues
 from fedlm.config.validate import problems
 from fedlm.models.base import LanguageModel
 from fedlm.planning.forecast import (
@@ -138,7 +138,7 @@ def _around(config: Config, vocabulary_size: int) -> Iterator[Config]:
         choice = replace(
             config,
             trainable=replace(trainable, lora=replace(trainable.lora, rank=rank), embedding_rows=rows),
-            loss=replace(config.loss, kind=loss),
+            loss=config.loss if loss == config.loss.kind else replace(config.loss, kind=loss, options=OptionValues()),
             local=replace(config.local, batch_size=batch),
         )
         if not any(problems(choice)):

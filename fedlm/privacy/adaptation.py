@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlm.codec import coded
-from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.config.schema import OptionValue, OptionValues, PrivacyConfig, RowsConfig
 from fedlm.errors import ConfigError
 from fedlm.privacy import allocation
 from fedlm.privacy.adaptive_clip import bit_share, next_clip_norm
@@ -23,10 +23,10 @@ from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.geometry import Geometry
 from fedlm.privacy.release import Release
 from fedlm.privacy.riders import ClipBit, DPMetrics, GroupShares, Rider, WordMap
+from fedlm.trainable.rows import sampler_of
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 Floats = npt.NDArray[np.float64]
-METRIC_SHARE = 0.1  # for each coordinate: its noise multiplier is ten times the update's
 
 
 @coded
@@ -63,7 +63,7 @@ class Adaptation:
         allocation: One of `allocation.KINDS`.
         moments, importance: By kind of block, m_g and w_g of public users, up to factors; empty: none.
         noise_floor: Least part of the nominal noise that the form as published may go down to.
-        metrics, metric_bounds: DP metrics.
+        metrics, metric_options: DP metrics, and what of their options is not the default (`name.option`, value).
         selection_rounds: First rounds that ask for the words of the devices; 0: none.
         selection_share: Of the clip norm, in those rounds.
         selection_threshold: Least score of a selected word, in standard deviations of its noise.
@@ -80,7 +80,7 @@ class Adaptation:
     importance: tuple[tuple[str, float], ...] = ()
     noise_floor: float = 0.5
     metrics: tuple[str, ...] = ()
-    metric_bounds: tuple[float, ...] = ()
+    metric_options: tuple[tuple[str, OptionValue], ...] = ()
     selection_rounds: int = 0
     selection_share: float = 0.0
     selection_threshold: float = 0.0
@@ -88,11 +88,9 @@ class Adaptation:
     vocabulary_size: int = 0
 
     def __post_init__(self) -> None:
-        """Check what the rule is read by: its kind, and a bound for each metric."""
+        """Check what the rule is read by: its kind."""
         if self.allocation not in allocation.KINDS:
             raise ConfigError(f"allocation {self.allocation!r} must be one of {', '.join(allocation.KINDS)}")
-        if len(self.metrics) != len(self.metric_bounds):
-            raise ConfigError(f"DP metrics {self.metrics} must have a bound each, not {self.metric_bounds}")
 
     @classmethod
     def create(
@@ -117,7 +115,8 @@ class Adaptation:
             moments, importance: Public m_g and w_g by kind of block, for the public and the per-group allocation.
         """
         quantile = config.clip_quantile
-        selects = rows is not None and rows.sampler == "dp_adafest"
+        sampler = sampler_of(rows) if rows else None
+        selection = sampler.options if sampler and sampler.selects else None
         share = bit_share(noise_multiplier=noise_multiplier, expected_cohort=expected_cohort, quantile=quantile)
         return cls(
             clip_norm=config.clip_norm,
@@ -129,12 +128,12 @@ class Adaptation:
             importance=tuple(sorted((importance or {}).items())),
             noise_floor=config.noise_floor,
             metrics=config.metrics,
-            metric_bounds=tuple(_bound(name, config) for name in config.metrics),
-            selection_rounds=rows.selection_rounds if rows and selects else 0,
-            selection_share=rows.selection_share if rows and selects else 0.0,
-            selection_threshold=rows.selection_threshold if rows and selects else 0.0,
-            row_count=rows.count if rows and selects else 0,
-            vocabulary_size=vocabulary_size if selects else 0,
+            metric_options=tuple(config.metric_options.items()),
+            selection_rounds=selection.selection_rounds if selection else 0,
+            selection_share=selection.selection_share if selection else 0.0,
+            selection_threshold=selection.selection_threshold if selection else 0.0,
+            row_count=rows.count if rows and selection else 0,
+            vocabulary_size=vocabulary_size if selection else 0,
         )
 
     @property
@@ -229,8 +228,7 @@ class Adaptation:
     def _metric_riders(self) -> tuple[DPMetrics, ...]:
         if not self.metrics:
             return ()
-        share = METRIC_SHARE * (len(self.metrics) + 1) ** 0.5
-        return (DPMetrics(share, self.metrics, self.metric_bounds),)
+        return (DPMetrics.of(self.metrics, OptionValues(dict(self.metric_options))),)
 
     def _allocate(
         self, state: AllocationState, release: Release, clipper: Clipper, values: Vector
@@ -249,6 +247,3 @@ class Adaptation:
             adapts_scales=self.allocation == "adaptive",
         )
 
-
-def _bound(name: str, config: PrivacyConfig) -> float:
-    return {"clip_fraction": 1.0, "num_tokens": config.max_tokens_metric}.get(name, config.max_loss_metric)

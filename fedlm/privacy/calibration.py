@@ -8,6 +8,7 @@ from fedlm.privacy import accounting, mechanisms
 from fedlm.privacy.cohorts import participation_rule
 from fedlm.privacy.mechanisms.base import Mechanism
 from fedlm.privacy.ranges import require_number
+from fedlm.registry import COHORT_SAMPLERS, MECHANISMS
 
 
 def mechanism_of(
@@ -25,10 +26,9 @@ def mechanism_of(
     Raises:
         ConfigError: A combination that nobody can account for.
     """
-    samplers = mechanisms.SAMPLERS.get(config.mechanism, ("poisson",))  # `create` refuses other names
-    sampler = config.sampler or samplers[0]
-    separation = config.min_separation
-    if sampler != "separated" and (separation or config.max_participations):
+    sampler = config.sampler or MECHANISMS.resolve(config.mechanism).samplers[0]
+    kind, separation = COHORT_SAMPLERS.resolve(sampler), config.min_separation
+    if kind.accounted_as != "separated" and (separation or config.max_participations):
         raise ConfigError(
             f"privacy.min_separation = {separation} and privacy.max_participations = {config.max_participations} are "
             f"for devices that take turns, but the sampler is {sampler!r}; set privacy.sampler = 'separated', or both "
@@ -39,7 +39,7 @@ def mechanism_of(
         population=population,
         cohort=cohort,
         rounds=rounds,
-        cap=config.cap if sampler == "truncated_poisson" else 0,
+        cap=config.cap if kind.takes_cap else 0,
         min_separation=separation,
         max_participations=config.max_participations,
         most_apart=fleet_rounds,
@@ -50,12 +50,9 @@ def mechanism_of(
         delta=config.delta,
         epsilon=config.epsilon,
         noise_multiplier=config.noise_multiplier,
-        bands=config.bands,
-        buffers=config.buffers,
-        max_bands=fleet_rounds,
+        most_apart=fleet_rounds,
         size=size,
-        grid_bits=config.grid_bits,
-        min_survivors=config.min_survivors,
+        **config.options,
     )
 
 

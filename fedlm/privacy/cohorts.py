@@ -1,14 +1,7 @@
-"""Who is in a round's cohort: each sampler a few lines, so that what is drawn can be held against what is accounted.
+"""Who is in a round's cohort, by the samplers of `fedlm.privacy.samplers`, and the ledger of who has been in one.
 
-    poisson            every device flips its own coin with probability q = n / N
-    truncated_poisson  the same, then at most `cap` of them, chosen uniformly
-    fixed              n of N, without replacement: accounted without amplification
-    cyclic_poisson     devices are split into b classes once; round t flips coins in class t mod b with q = b n / N
-    separated          devices are put into N / n slots once; round t takes slot t modulo their number, so that a device
-                       is in every b-th round at most, and nobody needs to know when
-
-All are functions of (key, round) alone: a resumed run draws the same cohorts, in any order. The key is a secret of the
-run (`fedlm.privacy.cohort_key`); an experiment's seed is none.
+Cohorts are functions of (key, round) alone: a resumed run draws the same cohorts, in any order. The key is a secret of
+the run (`fedlm.privacy.cohort_key`); an experiment's seed is none.
 """
 
 from __future__ import annotations
@@ -16,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.errors import BudgetExceededError, ConfigError
+from fedlm.errors import BudgetExceededError
 from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.mechanisms.base import Participation
+from fedlm.registry import COHORT_SAMPLERS
 
 DeviceIds = npt.NDArray[np.int64]
-SAMPLERS = ("poisson", "truncated_poisson", "fixed", "cyclic_poisson", "separated")
 
 
 def participation_rule(
@@ -45,8 +38,9 @@ def participation_rule(
         most_apart: A limit to that, of a smaller fleet that follows the same rule; 0: none.
     """
     separation = min_separation or 1
-    if sampler == "separated" and not min_separation:
-        separation = max(1, min(population // cohort, most_apart or rounds, rounds))
+    if not min_separation:
+        kind = COHORT_SAMPLERS.resolve(sampler)
+        separation = kind.separation(population=population, cohort=cohort, rounds=rounds, most_apart=most_apart)
     return Participation(
         sampler=sampler,
         population=population,
@@ -69,59 +63,8 @@ def sample_cohort(rule: Participation, *, key: CohortKey, round_number: int) -> 
     Returns:
         (realised cohort,) int64; possibly empty.
     """
-    rng = key.stream("cohort", round_number)
-    if rule.sampler == "fixed":
-        return np.sort(rng.choice(rule.population, rule.cohort, replace=False)).astype(np.int64)
-    if rule.sampler == "separated":
-        return _slot(rule, key, (round_number - 1) % num_slots(rule))
-    coins = rng.random(rule.population)  # (N,)
-    joins = coins < rule.sampling_probability
-    if rule.sampler == "cyclic_poisson":
-        classes = key.stream("classes").integers(rule.separation, size=rule.population)  # (N,)
-        joins &= classes == round_number % rule.separation
-    cohort = np.flatnonzero(joins).astype(np.int64)
-    if rule.sampler == "truncated_poisson" and len(cohort) > rule.cap:
-        cohort = np.sort(rng.choice(cohort, rule.cap, replace=False))
+    cohort: DeviceIds = COHORT_SAMPLERS.resolve(rule.sampler).draw(rule, key, round_number)
     return cohort
-
-
-def num_slots(rule: Participation) -> int:
-    """Return how many slots the devices of a separated fleet are put into: rounds between two of a device's own.
-
-    Raises:
-        ConfigError: The fleet is too small for the separation.
-    """
-    slots = rule.population // rule.cohort
-    if slots < rule.separation:
-        raise ConfigError(
-            f"fleet.cohort = {rule.cohort:,} of {rule.population:,} devices come again after {slots:,} rounds, but the "
-            f"noise needs {rule.separation:,}; lower fleet.cohort or privacy.min_separation"
-        )
-    return slots
-
-
-def check_turns(rule: Participation) -> None:
-    """Refuse, before the first round, a fleet whose devices would come too early or too often.
-
-    Raises:
-        ConfigError: Too few devices for the separation or for the most participations.
-    """
-    if rule.sampler != "separated":
-        return
-    times = -(-rule.rounds // num_slots(rule))
-    if times > (rule.max_participations or rule.rounds):
-        raise ConfigError(
-            f"fleet.cohort = {rule.cohort:,} of {rule.population:,} devices come up to {times:,} times in "
-            f"{rule.rounds:,} rounds, privacy.max_participations = {rule.max_participations:,}; lower fleet.cohort or "
-            "rounds"
-        )
-
-
-def _slot(rule: Participation, key: CohortKey, slot: int) -> DeviceIds:
-    """Return the devices of one slot, of equal sizes but for the rounding."""
-    edges = np.linspace(0, rule.population, num_slots(rule) + 1).astype(np.int64)
-    order = key.stream("slots").permutation(rule.population)
-    return np.sort(order[edges[slot] : edges[slot + 1]]).astype(np.int64)
 
 
 class ParticipationLedger:

@@ -18,8 +18,6 @@ from functools import cache
 from fedlm.privacy import mechanisms
 from fedlm.privacy.mechanisms import Mechanism, Participation
 from fedlm.privacy.mechanisms.banded import Banded, best_band
-from fedlm.privacy.mechanisms.blt import Blt
-from fedlm.privacy.mechanisms.tree import Tree
 from fedlm.privacy.ranges import require_count, require_number
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
@@ -206,7 +204,7 @@ class _BandSearch:
 def _row(candidate: _Candidate, epsilon: float, delta: float) -> Row:
     mechanism = candidate.at_epsilon(epsilon)
     z, cohort = mechanism.noise_multiplier(epsilon=epsilon, delta=delta), mechanism.participation.cohort
-    vectors, parameters = _memory(mechanism)
+    parameters = mechanism.parameters
     return Row(
         epsilon=epsilon,
         mechanism=f"{candidate.label} ({parameters})" if parameters else candidate.label,
@@ -214,18 +212,7 @@ def _row(candidate: _Candidate, epsilon: float, delta: float) -> Row:
         noise_in_mean=z * mechanism.noise_growth(cohort) / cohort,
         prefix_rmse=z * mechanism.prefix_rmse(),
         sampling=candidate.sampling,
-        num_vectors=vectors,
+        num_vectors=mechanism.num_vectors,
         needs_ledger=mechanism.participation.sampler == "separated",
         real_fleet=candidate.real_fleet,
     )
-
-
-def _memory(mechanism: Mechanism) -> tuple[int, str]:
-    """Return the vectors of earlier noise that a run keeps, and the parameter that decides it, in words."""
-    if isinstance(mechanism, Blt):
-        return len(mechanism.poles), f"{len(mechanism.poles)} buffers"
-    if isinstance(mechanism, Banded):
-        return mechanism.bands - 1, f"{mechanism.bands} bands"
-    if isinstance(mechanism, Tree):
-        return mechanism.participation.rounds.bit_length(), ""
-    return 0, ""

@@ -36,7 +36,6 @@ from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
 from fedlm.privacy.guarantee import Guarantee, check_budget
-from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.release import Floats, Release
@@ -46,6 +45,7 @@ from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.skellam import Skellam
 from fedlm.privacy.statement import guarantee, parameters
 from fedlm.privacy.terms import PrivacyTerms
+from fedlm.registry import COHORT_SAMPLERS
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 _TOKEN = object()
@@ -100,7 +100,7 @@ class PrivacyPlan(PrivacyTerms):
                 f"clip norm {self.clip_norm} and noise multiplier {self.noise_multiplier} contradict "
                 f"privacy.enabled = {self.enabled}; make the plan with PrivacyPlan.create"
             )
-        cohorts.check_turns(self.fleet_rule)
+        COHORT_SAMPLERS.resolve(self.fleet_rule.sampler).check_turns(self.fleet_rule)
         if self.enabled:
             largest = MAX_STD / _LARGEST_GAIN if self.mechanism.keeps_noise else MAX_STD
             most_z = largest / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
@@ -110,10 +110,10 @@ class PrivacyPlan(PrivacyTerms):
                 f"privacy.mechanism = {self.mechanism.name!r} subtracts later what it added before, so clip norm, "
                 "scales and rows must stay; set privacy.clip_quantile = 0 and privacy.allocation to isotropic or public"
             )
-        if self.mimics and isinstance(self.mechanism, DistributedSkellam):
+        if self.mimics and not self.mechanism.supports_mimicry:
             raise ConfigError(
-                f"privacy.mechanism = 'skellam' has the devices add the noise, which cannot be that of another fleet "
-                f"({self.expected_cohort:,} of {self.population:,}); set privacy.population = 0 and "
+                f"privacy.mechanism = {self.mechanism.name!r} has the devices add the noise, which cannot be that of "
+                f"another fleet ({self.expected_cohort:,} of {self.population:,}); set privacy.population = 0 and "
                 "privacy.expected_cohort = 0"
             )
         object.__setattr__(self, "_noise", RunNoise(self.mechanism, self.seed if self.reproducible_noise else None))
@@ -229,9 +229,9 @@ class PrivacyPlan(PrivacyTerms):
         Raises:
             ConfigError: More coordinates than are accounted.
         """
-        if not self.enabled or not isinstance(self.mechanism, DistributedSkellam):
+        if not self.enabled:
             return None
-        return self.mechanism.design(self.noise_multiplier, delta=self.delta, size=size)
+        return self.mechanism.encoder(self.noise_multiplier, delta=self.delta, size=size)
 
     def next_state(self, state: PrivacyState, release: Release, *, clip: Clipper, values: Vector) -> PrivacyState:
         """Return the state after a round, from its release and public values alone.
@@ -266,8 +266,7 @@ class PrivacyPlan(PrivacyTerms):
             )
         cohort = cohorts.sample_cohort(self.fleet_rule, key=self.cohort_key, round_number=round_number)
         # Their noise is shared out among so many; that a cohort is larger has a part of delta.
-        most = self.mechanism.max_devices if isinstance(self.mechanism, DistributedSkellam) else len(cohort)
-        cohort = cohort[:most]
+        cohort = cohort[: self.mechanism.largest_cohort]
         self._cohort_sizes[round_number] = len(cohort)
         return cohort
 

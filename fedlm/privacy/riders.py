@@ -16,19 +16,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlm.codec import coded, union
-from fedlm.errors import ConfigError
+from fedlm.config.keys import typed_options
+from fedlm.config.schema import OptionValue, OptionValues
 from fedlm.privacy.ranges import require_count, require_number
+from fedlm.registry import DP_METRICS
+
+if TYPE_CHECKING:
+    from fedlm.privacy.dp_metrics import DPMetric
 
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.int64]
+COUNT_SHARE = 0.1  # of the clip norm, for the count of devices: its noise multiplier is ten times the update's
 NO_WORDS: Words = np.empty(0, np.int64)
 
 
@@ -75,6 +81,8 @@ class Rider(ABC):
 
     share: float
     name: ClassVar[str]
+    wants_words: ClassVar[bool] = False
+    """Whether `answer` looks at the words of the device."""
 
     @property
     @abstractmethod
@@ -168,6 +176,7 @@ class WordMap(Rider):
 
     vocabulary_size: int
     name: ClassVar[str] = "word_map"
+    wants_words: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the size."""
@@ -197,23 +206,31 @@ class WordMap(Rider):
 class DPMetrics(Rider):
     """Metrics that leave a device, each clipped to [0, bound], and a one to count devices by.
 
+    A metric of share s counts s / 0.1 times as much as the count of devices, so its noise is that much less.
+
     Arguments:
-        names: Of `METRICS`.
-        bounds: Largest value of each.
+        names: Of `fedlm.registry.DP_METRICS`.
+        options: Pairs of `name.option` and value: those of the metrics that are not to have their defaults.
     """
 
     names: tuple[str, ...]
-    bounds: tuple[float, ...]
+    options: tuple[tuple[str, OptionValue], ...] = ()
     name: ClassVar[str] = "metrics"
 
-    def __post_init__(self) -> None:
-        """Check names and bounds."""
-        if len(self.names) != len(self.bounds) or not METRICS.keys() >= set(self.names):
-            raise ConfigError(
-                f"DP metrics {self.names} with bounds {self.bounds} must be of {', '.join(METRICS)}, a bound for each"
-            )
-        for name, bound in zip(self.names, self.bounds, strict=True):
-            require_number(f"bound of the DP metric {name}", bound, above=0)
+    @staticmethod
+    def of(names: tuple[str, ...], options: OptionValues) -> DPMetrics:
+        """Return the rider of some metrics, with the share of the clip norm that they ask for."""
+        made = DPMetrics(0.0, names, tuple(options.items()))
+        return replace(made, share=COUNT_SHARE * made.bound)
+
+    @cached_property
+    def metrics(self) -> tuple[DPMetric, ...]:
+        """The metrics; resolved where they are first needed, on a node too."""
+        values, found = OptionValues(dict(self.options)), []
+        for name in self.names:
+            kind, short = DP_METRICS.resolve(name), DP_METRICS.short_name(name)
+            found.append(kind(typed_options(kind, values.of(short), f"{DP_METRICS.options_key}.{short}")))
+        return tuple(found)
 
     @property
     def size(self) -> int:
@@ -222,13 +239,22 @@ class DPMetrics(Rider):
 
     @property
     def bound(self) -> float:
-        """Root of the size: each coordinate is at most one."""
-        return math.sqrt(self.size)
+        """Root of the sum of the squared weights: each coordinate is at most its weight."""
+        return math.sqrt(math.fsum(weight**2 for weight in (*self._weights, 1.0)))
+
+    @property
+    def wants_words(self) -> bool:  # type: ignore[override]
+        """Whether any metric does."""
+        return any(metric.wants_words for metric in self.metrics)
+
+    @property
+    def _weights(self) -> list[float]:
+        return [metric.share / COUNT_SHARE for metric in self.metrics]
 
     def answer(self, seen: Observation) -> Floats:
-        """Return each metric as a part of its bound, then 1."""
-        values = [METRICS[name](seen) / bound for name, bound in zip(self.names, self.bounds, strict=True)]
-        return np.append(np.clip(np.nan_to_num(values, nan=1.0), 0, 1), 1.0)
+        """Return each metric as a part of its bound times its weight, then 1."""
+        values = [metric.value(seen) / metric.bound for metric in self.metrics]
+        return np.append(np.clip(np.nan_to_num(values, nan=1.0), 0, 1) * self._weights, 1.0)
 
     def means(self, totals: Floats) -> dict[str, float]:
         """Return the mean of each metric over the devices that came, from the noised sums (size,).
@@ -236,17 +262,12 @@ class DPMetrics(Rider):
         Post-processing: a noised sum over a noised count. With a count near zero the ratio means nothing: NaN.
         """
         count = float(totals[-1])
-        ratios = totals[:-1] / count if count > 0 else np.full(len(self.names), math.nan)
+        ratios = totals[:-1] / self._weights / count if count > 0 else np.full(len(self.names), math.nan)
         bounded = np.clip(ratios, 0, 1)
-        return {name: float(r * b) for name, r, b in zip(self.names, bounded, self.bounds, strict=True)}
+        found = zip(self.names, self.metrics, bounded, strict=True)
+        return {DP_METRICS.short_name(name): float(ratio * metric.bound) for name, metric, ratio in found}
 
 
-METRICS: dict[str, Callable[[Observation], float]] = {
-    "train_loss": lambda seen: seen.facts.loss,
-    "num_tokens": lambda seen: float(seen.facts.num_tokens),
-    "clip_fraction": lambda seen: float(seen.norm > seen.clip_norm),
-}
-"""What a DP metric can be."""
 
 
 def answer_units(rider: Rider, seen: Observation, clip_norm: float) -> Floats:

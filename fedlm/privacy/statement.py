@@ -6,8 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fedlm.privacy.guarantee import Guarantee, large_delta
-from fedlm.privacy.mechanisms.participations import ZERO_OUT, most_participations
-from fedlm.privacy.mechanisms.skellam import DistributedSkellam
+from fedlm.registry import MECHANISMS
 from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def _sentences(terms: PrivacyTerms) -> tuple[str, ...]:
         f"User-level differential privacy with epsilon {epsilon} at delta {terms.delta:g} (unit: {UNIT}; "
         f"adjacency: {terms.mechanism.adjacency}) for all {terms.rounds:,} releases together: "
         f"{terms.mechanism.description}, noise multiplier z = {terms.noise_multiplier:.4g}, "
-        f"{_clip(terms)}{_queries(terms)}, {_ACCOUNTANTS[terms.accountant]}."
+        f"{_clip(terms)}{_queries(terms)}, {_ACCOUNTANTS.get(terms.accountant, terms.accountant)}."
     )
     secret = "It holds against those who see only the releases"
     if terms.cohorts_are_secret:
@@ -81,16 +80,8 @@ def _sentences(terms: PrivacyTerms) -> tuple[str, ...]:
 
 def _server(terms: PrivacyTerms) -> tuple[str, ...]:
     """Return what holds against the server, where the devices add the noise."""
-    mechanism, epsilon = terms.mechanism, terms.epsilon_server
-    if epsilon is None or not isinstance(mechanism, DistributedSkellam):
-        return ()
-    times = most_participations(mechanism.participation, terms.rounds)
-    return (
-        f"Against a server that follows the protocol and knows the cohorts, but gets nothing except sums of at least "
-        f"{mechanism.min_survivors:,} devices by secure aggregation: epsilon {rounded_up(epsilon)} (adjacency: "
-        f"{ZERO_OUT}, in at most {times:,} rounds); a transport that shows it smaller sums gives no guarantee against "
-        "it.",
-    )
+    epsilon = terms.epsilon_server
+    return () if epsilon is None else (terms.mechanism.server_statement(epsilon),)
 
 
 def _clip(terms: PrivacyTerms) -> str:
@@ -118,7 +109,7 @@ def parameters(terms: PrivacyTerms) -> dict[str, object]:
     return {
         "enabled": terms.enabled,
         "sampler": terms.mechanism.participation.sampler,
-        "mechanism": terms.mechanism.name,
+        "mechanism": MECHANISMS.reference(type(terms.mechanism)),
         "accountant": terms.accountant,
         "allocation": terms.adaptation.allocation,
         "prefix_rmse": terms.mechanism.prefix_rmse() * terms.noise_multiplier,

@@ -10,7 +10,6 @@ from typing import Any, cast
 from fedlm.codec import coded, to_text
 from fedlm.privacy.adaptation import Adaptation
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
-from fedlm.privacy.mechanisms.skellam import DistributedSkellam
 
 
 @coded
@@ -62,15 +61,13 @@ class PrivacyTerms:
 
     @property
     def accountant(self) -> str:
-        """What computes epsilon: "pld" (privacy loss distributions), "rdp" for Skellam noise, else "gaussian"."""
-        if isinstance(self.mechanism, DistributedSkellam):
-            return "rdp"
-        return "pld" if self.cohorts_are_secret else "gaussian"
+        """What computes epsilon, as the mechanism has it."""
+        return self.mechanism.accountant
 
     @property
     def cohorts_are_secret(self) -> bool:
         """Whether epsilon rests on nobody knowing who was sampled."""
-        return "poisson" in self.mechanism.participation.sampler and self.mechanism.name != "local"
+        return self.mechanism.amplified
 
     @property
     def mimics(self) -> bool:
@@ -140,8 +137,8 @@ class PrivacyTerms:
 
     @property
     def epsilon_server(self) -> float | None:
-        """Against a server under secure aggregation (`DistributedSkellam.epsilon_server`); None where it is trusted."""
-        if not self.enabled or not isinstance(self.mechanism, DistributedSkellam):
+        """Against a server under secure aggregation (`Mechanism.epsilon_server`); None where it is trusted."""
+        if not self.enabled or self.mechanism.trusts_server:
             return None
         if self.reproducible_noise:
             return math.inf

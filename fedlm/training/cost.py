@@ -28,6 +28,7 @@ from fedlm.data.vocabulary import load_vocabulary
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS
+from fedlm.registry import LOSSES
 from fedlm.trainable.adapters import inject_adapter
 from fedlm.trainable.spec import UpdateSpec
 from fedlm.training.step_trace import StepTrace, shapes_of, trace_step
@@ -118,7 +119,7 @@ class CostModel:
         self._step = _traced(
             model, config.loss, config.data.sequence_length, config.trainable.lora, trained, rows_train
         )
-        self._whole = config.loss.kind == "full_softmax"
+        self._whole = not LOSSES.resolve(config.loss.kind).draws_negatives
         every_row = np.arange(model.vocabulary_size if rows_train else 0)
         self._row_set = every_row if spec.row_ids is None else spec.row_ids
         self._noise = np.exp(NoiseDistribution(self._frequencies, config.loss, self._row_set).log_expected)

@@ -23,7 +23,9 @@ from torch.nn.functional import embedding
 
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
-from fedlm.losses.grouped import full_losses, sampled_losses
+from fedlm.losses.grouped import full_losses
+from fedlm.losses.loss import loss_of
+from fedlm.registry import LOSSES
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
@@ -54,6 +56,8 @@ def why_not_grouped(trainable: Trainable, config: Config) -> str:
     """Return why the devices of this experiment have to train one by one; empty when they need not."""
     if unknown := unknown_tensors(trainable):
         return f"groups cannot train {unknown[0]} ({len(unknown)} such tensors)"
+    if not LOSSES.resolve(config.loss.kind).has_groups:
+        return f"loss.kind = {config.loss.kind!r} has no form for groups of devices"
     if config.local.example_dp.enabled:
         return "example-level DP clips each of a device's sequences by itself"
     if config.model.re_attention != "off":
@@ -65,7 +69,7 @@ def why_not_grouped(trainable: Trainable, config: Config) -> str:
 
 
 def _needs_whole_table(config: Config) -> bool:
-    return config.loss.kind == "full_softmax" and config.trainable.embedding_rows.count > 0
+    return not LOSSES.resolve(config.loss.kind).draws_negatives and config.trainable.embedding_rows.count > 0
 
 
 class GroupTrainer:
@@ -80,6 +84,7 @@ class GroupTrainer:
     def __init__(self, trainable: Trainable, config: Config, frequencies: npt.NDArray[np.float64]) -> None:
         assert not why_not_grouped(trainable, config)
         self._trainable, self._config, self._frequencies = trainable, config, frequencies
+        self._loss = loss_of(config.loss)
         self._table = WholeTable(trainable.model) if _needs_whole_table(config) else None
         self.largest_group = 1 if self._table else config.execution.group_size
         self._moving: list[str] | None = None
@@ -130,6 +135,7 @@ class _Program:
 
     def __init__(self, trainer: GroupTrainer, work: Sequence[DeviceWork]) -> None:
         self._config, self._round = trainer._config, trainer._round
+        self._loss = trainer._loss
         self._body, self._group = trainer._body, trainer._group
         self._work = work
         model = trainer._trainable.model
@@ -180,7 +186,7 @@ class _Program:
     def _take(self, g: int, batch: Batch) -> _StepPlaces:
         """Return where a device's words of its next step stand."""
         size = batch.inputs.size
-        num_negatives = 0 if self._config.loss.kind == "full_softmax" else self._config.loss.negatives
+        num_negatives = self._config.loss.negatives if self._loss.draws_negatives else 0
         start = self._read[g]
         self._read[g] = start + 2 * size + num_negatives
         own = self._places[g].of[start : self._read[g]]
@@ -201,7 +207,7 @@ class _Program:
                 states[0], target[0], weights[0], chunk=self._config.loss.chunk,
                 row_rate=local.row_learning_rate, rate=local.learning_rate,
             )[None]  # fmt: skip
-        elif self._config.loss.kind == "full_softmax":
+        elif not self._loss.draws_negatives:
             losses = full_losses(states, weights, target, self._rows.output, self._rows.bias, self._config.loss.chunk)
         else:
             negative = torch.from_numpy(np.stack([p.negatives for p in places]))  # (G, K)
@@ -220,7 +226,7 @@ class _Program:
 
     def _sampled(self, states: Tensor, weights: Tensor, target: Tensor, negative: Tensor) -> tuple[Tensor, list[_Leaf]]:
         """Return the losses (G,) and the rows that they were computed from."""
-        rows, kind = self._rows, self._config.loss.kind
+        rows = self._rows
         leaves, sides = [], []
         for ids in (target, negative):
             vectors = _Leaf(self._output_name, ids, embedding(ids, rows.output).requires_grad_(rows.train))
@@ -231,9 +237,7 @@ class _Program:
                 leaves.append(bias)
                 offset = offset + bias.rows
             sides.append((vectors.rows, offset))
-        is_hit = target[:, :, None] == negative[:, None, :] if kind == "sampled_softmax" else None  # (G, N, K)
-        losses = sampled_losses(kind, states, weights, sides[0], sides[1], is_hit)
-        return losses, leaves
+        return self._loss.group_losses(states, weights, sides[0], sides[1], (target, negative)), leaves
 
     def _result(self, g: int, fixed: Vector) -> GroupResult:
         losses = self._losses[g]

@@ -5,7 +5,7 @@ compact table: only the embedding rows that its text and its negatives touch are
 public row set move. Rows of the set that it does not touch are zeros in its update, which has the same length for
 every device.
 
-With the full softmax every word is in play, and the compact table is the whole one.
+With a loss over the whole vocabulary every word is in play, and the compact table is the whole one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from torch.nn.functional import embedding
 
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
-from fedlm.losses.full_softmax import full_softmax_loss
-from fedlm.losses.nce import nce_loss
-from fedlm.losses.sampled_softmax import sampled_softmax_loss
+from fedlm.losses.loss import loss_of
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.work import DeviceWork, RoundWork
@@ -57,6 +55,7 @@ class LocalTrainer:
         self._trainable = trainable
         self._config = config
         self._frequencies = frequencies
+        self._kind = loss_of(config.loss)
         self._local_index = torch.zeros(trainable.model.vocabulary_size, dtype=torch.int64)  # (V,) scratch
 
     def start_round(self, spec: UpdateSpec, blocks: Mapping[str, Vector]) -> None:
@@ -93,7 +92,7 @@ class LocalTrainer:
 
     def _compact_tables(self, work: DeviceWork) -> _CompactTables:
         model = self._trainable.model
-        if self._config.loss.kind == "full_softmax":
+        if not self._kind.draws_negatives:
             ids = np.arange(model.vocabulary_size)
         else:
             used = [a.ravel() for b in work.batches for a in (b.inputs, b.targets)] + work.negatives
@@ -132,13 +131,11 @@ class LocalTrainer:
                     moving.sub_(gradient[: len(moving)], alpha=rate)
 
     def _loss(self, hidden: Tensor, targets: Tensor, tables: _CompactTables, negatives: RowIds | None) -> Tensor:
-        config = self._config.loss
         if negatives is None:
-            return full_softmax_loss(hidden, targets, tables.output, tables.bias, config.chunk)
-        loss = nce_loss if config.kind == "nce" else sampled_softmax_loss
+            return self._kind.mean(hidden, targets, None, tables.output, tables.bias, None)
         local_negatives = self._local_index[torch.from_numpy(negatives)]  # (K,)
         log_expected = self._round.log_expected[tables.ids]  # (L,)
-        return loss(hidden, targets, local_negatives, tables.output, tables.bias, log_expected)
+        return self._kind.mean(hidden, targets, local_negatives, tables.output, tables.bias, log_expected)
 
     @torch.no_grad()
     def _update(self, tables: _CompactTables) -> Vector:

@@ -28,6 +28,7 @@ from fedlm.example_dp.plan import ExamplePlan, Phase
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Task
+from fedlm.registry import LOSSES
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.local import LocalResult
@@ -130,7 +131,7 @@ class _DeviceTask(Task[Batch]):
         self._parameters = {name: trainable.parameters[name] for name in work.parameters}
         moving = np.flatnonzero(work.slot >= 0)  # (S,) sorted, as the round's rows are
         used = np.unique(np.concatenate([text.inputs.ravel(), text.targets.ravel(), *negatives]))
-        if config.loss.kind == "full_softmax":
+        if not LOSSES.resolve(config.loss.kind).draws_negatives:
             used = np.arange(trainable.model.vocabulary_size)
         ids = np.concatenate([moving, used[work.slot[used] < 0]])  # (L,)
         self._num_moving = len(moving)
@@ -170,7 +171,7 @@ class _DeviceTask(Task[Batch]):
         rows = tables.look_up(tape, self._index[inputs], mask)  # (B, T, D)
         hidden = model.body(model.embed(rows), mask, model.row_noise(inputs))  # (B, T, D)
         local = self._index[targets]  # (B, T)
-        if self._config.loss.kind == "full_softmax":
+        if not LOSSES.resolve(self._config.loss.kind).draws_negatives:
             return tables.full_softmax(tape, hidden, local, mask, self._config.loss.chunk)
         negatives = self._index[torch.from_numpy(self._negatives[self._step])]  # (K,)
         return tables.sampled(tape, hidden, local, mask, negatives, self._log_expected, self._config.loss.kind)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.config.keys import typed_options
 from fedlm.config.schema import Config
 from fedlm.models.noise_levels import NoiseLevels, step_variance, user_level_noise
+from fedlm.registry import STRATEGIES
+from fedlm.strategy import Strategy
 from fedlm.trainable.build import Trainable
 from fedlm.training.touched import received_probabilities
 
@@ -27,11 +30,13 @@ def released_noise(
         rounds: Server steps so far.
     """
     rows, strategy = config.trainable.embedding_rows, config.strategy
+    known = STRATEGIES.resolve(strategy.kind) if strategy.kind in STRATEGIES.built_in else Strategy
+    options = typed_options(known, strategy.options, "strategy.options") if known.optimizer == "adam" else None
     step = step_variance(
         noise_std,
         strategy.learning_rate,
-        optimizer="adam" if strategy.kind == "fedadam" else "sgd",
-        adam_epsilon=strategy.epsilon,
+        optimizer=known.optimizer,
+        adam_epsilon=options.epsilon if options else 0.0,
     )
     return user_level_noise(
         step,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -32,11 +32,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from fedlm.config.schema import LossConfig
 from fedlm.errors import DataError
-from fedlm.losses.full_softmax import full_softmax_loss
-from fedlm.losses.nce import nce_loss
-from fedlm.losses.sampled_softmax import sampled_softmax_loss
+from fedlm.losses.loss import Loss, loss_of
 from fedlm.models.base import LanguageModel
 from fedlm.models.layers import Dropout
+from fedlm.registry import LOSSES
 
 aten = torch.ops.aten
 _MOST_RESULTS = 20_000
@@ -122,6 +121,25 @@ def trace_step(model: LanguageModel, loss: LossConfig, *, length: int, rows_trai
     )
 
 
+def _mean(
+    kind: Loss,
+    hidden: Tensor,
+    targets: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    drawn: tuple[Tensor, Tensor] | tuple[None, None],
+) -> Tensor:
+    """Return the loss of tensors without values, which somebody's own may not take."""
+    try:
+        return kind.mean(hidden, targets, drawn[0], table, bias, drawn[1])
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"the memory of a step with loss.kind = {kind.config.kind!r} cannot be foreseen: its `mean` does not take "
+            f"tensors without values ({reason}); compute it without looking at single values"
+        ) from error
+
+
 def _by_row(coefficients: Floats, rows: int, width: int) -> Floats:
     """Move what has the size of a table of `rows` rows from the constant to a coefficient of L: (A, 3) to (A, 4)."""
     constant = coefficients[:, 0]
@@ -133,7 +151,11 @@ def _by_row(coefficients: Floats, rows: int, width: int) -> Floats:
 
 def _work(flops: Floats, rows: int, loss: LossConfig) -> Floats:
     """Only the loss depends on N; the full softmax scores each target against all L rows in play."""
-    return np.append(flops, 0.0) if loss.kind != "full_softmax" else np.array([*flops[:2], 0.0, flops[2] / rows])
+    return (
+        np.append(flops, 0.0)
+        if LOSSES.resolve(loss.kind).draws_negatives
+        else np.array([*flops[:2], 0.0, flops[2] / rows])
+    )
 
 
 def shapes_of(model: LanguageModel) -> LanguageModel:
@@ -285,6 +307,7 @@ def _record(model: LanguageModel, loss: LossConfig, sizes: tuple[int, int, int, 
     def shape(*sizes: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta", requires_grad=grad)
 
+    kind = loss_of(loss)
     inputs, mask = shape(B, T, dtype=torch.int64), shape(B, T, dtype=torch.bool)
     counted, targets, negatives = (shape(n, dtype=torch.int64) for n in (N, N, loss.negatives))
     table_in = shape(L, model.d_model, grad=rows_train)  # (L, D)
@@ -298,11 +321,8 @@ def _record(model: LanguageModel, loss: LossConfig, sizes: tuple[int, int, int, 
     def step() -> None:
         hidden = model.body(model.embed(embedding(inputs, table_in)), mask)  # (B, T, D)
         hidden = hidden.flatten(0, 1)[counted]  # (N, D)
-        if loss.kind == "full_softmax":
-            value = full_softmax_loss(hidden, targets, table_out, bias, loss.chunk)
-        else:
-            function: Callable[..., Tensor] = nce_loss if loss.kind == "nce" else sampled_softmax_loss
-            value = function(hidden, targets, negatives, table_out, bias, log_expected)
+        drawn = (negatives, log_expected) if kind.draws_negatives else (None, None)
+        value = _mean(kind, hidden, targets, table_out, bias, drawn)
         del hidden
         if value.requires_grad:
             torch.autograd.grad(value, leaves, allow_unused=True)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlm.config.schema import RowsConfig
-from fedlm.trainable.rows import inclusion_probabilities
+from fedlm.trainable.rows import sampler_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,16 +40,7 @@ def received_probabilities(rows: RowsConfig, frequencies: Floats, num_patches: f
     size = len(frequencies)
     if not rows.count or not num_patches:
         return np.zeros(size)
-    match rows.sampler:
-        case "power":
-            once = inclusion_probabilities(frequencies, rows.alpha, rows.count)
-        case "top_k":  # the same rows each round
-            return (np.argsort(np.argsort(-frequencies, kind="stable")) < rows.count).astype(np.float64)
-        case "cyclic":  # no row again before every row
-            return np.full(size, min(1.0, num_patches * rows.count / size))
-        case _:
-            once = np.full(size, rows.count / size)
-    return 1.0 - (1.0 - once) ** num_patches
+    return sampler_of(rows).received(frequencies, rows.count, num_patches)
 
 
 def touched_blocks(probabilities: Floats, row_bytes: int, block_bytes: int) -> Floats:

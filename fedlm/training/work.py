@@ -18,6 +18,7 @@ from fedlm.data.batching import Batch, local_batches
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
 from fedlm.randomness import stream
+from fedlm.registry import LOSSES
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
 
@@ -93,7 +94,7 @@ class RoundWork:
 
     def negatives(self, key: bytes, device: int, num_steps: int) -> list[RowIds]:
         """Return the negatives (K,) of each of a number of steps; none with the full softmax."""
-        if self._config.loss.kind == "full_softmax":
+        if not LOSSES.resolve(self._config.loss.kind).draws_negatives:
             return []
         draws = stream(key, "negatives", device)
         return [self._noise.draw(draws) for _ in range(num_steps)]

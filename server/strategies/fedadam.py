@@ -9,8 +9,11 @@ is exact for everything but partial rows.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
+from fedlm.config.built_in_options import FedAdamOptions
 from fedlm.strategy import Release, ServerOptimizer, StrategyState
 from fedlm.trainable.spec import Vector
 
@@ -19,14 +22,17 @@ class FedAdam(ServerOptimizer):
     """Server Adam on the noised mean update."""
 
     slot_names = ("m", "v")
+    Options: ClassVar[type] = FedAdamOptions
+    optimizer: ClassVar[str] = "adam"
 
     def update(self, state: StrategyState, release: Release) -> tuple[Vector, dict[str, float]]:
         """Update both moments in place and move along their ratio."""
-        c, m, v, mean = self.config, state.slots["m"], state.slots["v"], release.mean
+        c, m, v, mean = self.options, state.slots["m"], state.slots["v"], release.mean
         m *= np.float32(c.beta1)
         m += np.float32(1 - c.beta1) * mean
         v *= np.float32(c.beta2)
         v += np.float32(1 - c.beta2) * mean * mean
         root = np.sqrt(v / np.float32(1 - c.beta2**state.num_steps))
         direction = m / np.float32(1 - c.beta1**state.num_steps) / (root + np.float32(c.epsilon))
-        return state.values + np.float32(c.learning_rate) * direction, {"step_norm": float(np.linalg.norm(direction))}
+        rate = np.float32(self.config.learning_rate)
+        return state.values + rate * direction, {"step_norm": float(np.linalg.norm(direction))}

@@ -34,7 +34,7 @@ from simulations.grids.ray_session import (
     store_capacity,
     worker_niceness,
 )
-from simulations.grids.ray_worker import Setup, WorkerPlan
+from simulations.grids.ray_worker import WORKING_FOLDER, Setup, WorkerPlan
 
 PULL_WAIT_S = 0.05
 """Longest that `pull_messages` blocks when nothing is ready."""
@@ -92,7 +92,8 @@ class RayGrid(LocalGrid):
             return WorkerPlan(app, setup, new_context(index, num_nodes, run_config, node_config or {}))
 
         # workers here can import whatever this process can; on a cluster the packages are installed
-        environment = {**WORKER_ENVIRONMENT, **worker_niceness(), **({} if address else _import_paths())}
+        paths = {WORKING_FOLDER: os.getcwd(), **({} if address else _import_paths())}
+        environment = {**WORKER_ENVIRONMENT, **worker_niceness(), **paths}
 
         def start_fleet(ray: Any) -> RayFleet:
             num_cpus = int(ray.cluster_resources().get("CPU", 0))

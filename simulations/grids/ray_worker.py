@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from simulations.grids.node import Outcome, answer
 
 CALL_S = 0.02
 """After this many seconds a call takes no further message."""
+
+WORKING_FOLDER = "FEDLM_WORKING_FOLDER"
+"""Environment variable with the driver's working folder, which Ray puts first on a worker's search path."""
 
 SharedArrays = Mapping[str, np.ndarray]
 Setup = Callable[[SharedArrays], None]
@@ -45,6 +49,7 @@ class Worker:
     """The actor: it loads the ClientApp once and then answers one message after another."""
 
     def __init__(self) -> None:
+        _working_folder_last()  # before any message or setup is read, which names modules of this project
         self._app: ClientApp
         self._context: Context
         self._ray = importlib.import_module("ray")
@@ -86,6 +91,13 @@ class Worker:
         while self._backlog and (not outcomes or time.monotonic() < deadline):
             outcomes.append(answer(self._app, self._backlog.popleft(), self._context))
         return wire.pack(outcomes)
+
+
+def _working_folder_last() -> None:
+    """Move the driver's working folder to the end of the search path: a user's `server.py` in it shadows nothing."""
+    folder = os.environ.get(WORKING_FOLDER, "")
+    if folder in sys.path and Path(folder) != Path(__file__).resolve().parents[2]:
+        sys.path[:] = [*(path for path in sys.path if path != folder), folder]
 
 
 def load_client_app(reference: str) -> ClientApp:

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any, Protocol
 
 from fedlm.config import Config
-from fedlm.config.keys import keys, to_flat
+from fedlm.config.keys import keys, option_keys, to_flat
 from fedlm.errors import DataError, FedlmError
 from fedlm.rounding import stamped
 
@@ -50,7 +50,7 @@ class Job(Protocol):
 
 def settings_key(config: Config) -> str:
     """Return 12 hexadecimal digits of the settings that differ from the defaults: further keys leave it as it is."""
-    defaults = {path: key.default for path, key in keys().items()}
+    defaults = {path: key.default for path, key in (keys() | option_keys(config)).items()}
     settings = {path: value for path, value in to_flat(config).items() if value != defaults[path]}
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return sha256(canonical.encode()).hexdigest()[:12]

@@ -51,6 +51,10 @@ def learning_panels(record: RunRecord) -> list[Markup]:
                 "Against all that a device sends and receives if it is in every round.",
             ),
         ]
+    figures = [{"round": line["round"], **(line.get("evaluation") or {})} for line in record.metrics]
+    for key in dict.fromkeys(key for line in figures for key in line if key != "round"):
+        title = f"{key.replace('_', ' ').capitalize()} by round"
+        panels.append(_learning(title, points_of(figures, key), ROUNDS, _SMALL, "Held-out users."))
     return panels
 
 

@@ -7,16 +7,9 @@ from dataclasses import replace
 from functools import partial
 from math import fsum, sqrt
 
-import numpy as np
-import numpy.typing as npt
-
 from fedlm.codec import from_text
 from fedlm.errors import DataError
 from fedlm.privacy.geometry import Geometry
-from fedlm.privacy.mechanisms import toeplitz
-from fedlm.privacy.mechanisms.banded import Banded
-from fedlm.privacy.mechanisms.base import Mechanism
-from fedlm.privacy.mechanisms.blt import Blt
 from fedlm.privacy.terms import PrivacyTerms
 from fedlm.trainable.spec import UpdateSpec
 from simulations.report.axes import Axis, suits_log
@@ -56,19 +49,11 @@ def noise_norms(record: RunRecord) -> dict[int, float]:
     if adaptation.selection_rounds or adaptation.allocation == "published":
         return {}
     spec = UpdateSpec.build([(block["name"], block["kind"], (int(block["bytes"]) // 4,)) for block in blocks])
-    grown = _growth(terms.mechanism)
+    grown = terms.mechanism.round_growth()
     if grown is None:
         return {}
     rounds = [line for line in record.trained_rounds if line["round"] <= len(grown)]
     return {line["round"]: float(_noise_norm(line, terms, spec) * grown[line["round"] - 1]) for line in rounds}
-
-
-def _growth(mechanism: Mechanism) -> npt.NDArray[np.float64] | None:
-    """Return (T,) the standard deviation of a round's noise over that of its own draw; None: not known."""
-    rounds = mechanism.participation.rounds
-    if isinstance(mechanism, Banded | Blt):
-        return np.sqrt(np.cumsum(toeplitz.inverse_column(mechanism.column, rounds) ** 2))
-    return np.ones(rounds) if mechanism.name in ("gaussian", "local") else None
 
 
 def _noise_norm(line: Record, terms: PrivacyTerms, spec: UpdateSpec) -> float:

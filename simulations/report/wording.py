@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
+from fedlm.errors import ConfigError
+from fedlm.registry import COHORT_SAMPLERS, MECHANISMS, Registry
 from fedlm.rounding import stamped
 from simulations.report.figures import bound, figure
 from simulations.summary import RunSummary
 
-_MECHANISMS = {
-    "gaussian": "Gaussian noise, independent in every round",
-    "blt": "noise correlated over the rounds (buffered linear Toeplitz)",
-    "banded": "noise correlated over the rounds (banded square root)",
-    "tree": "noise correlated over the rounds (tree aggregation)",
-    "local": "noise that every device adds itself (local privacy)",
-    "skellam": "Skellam noise, of which each device adds its part",
-}
-_SAMPLERS = {
-    "poisson": "every device flips its own coin",
-    "truncated_poisson": "every device flips its own coin, cohorts are cut at a cap",
-    "fixed": "cohorts of a fixed size",
-    "cyclic_poisson": "classes of devices take turns, in its turn every device flips its own coin",
-    "separated": "a device rests for a least number of rounds",
-}
-
 
 def mechanism_in_words(name: str) -> str:
-    """Return what a mechanism does; a name that is not built in stays as it is."""
-    return _MECHANISMS.get(name, name)
+    """Return what a mechanism does; a name that is not known here stays as it is."""
+    return _words(MECHANISMS, name)
 
 
 def sampler_in_words(name: str) -> str:
-    """Return who is in a cohort; a name that is not built in stays as it is."""
-    return _SAMPLERS.get(name, name)
+    """Return who is in a cohort; a name that is not known here stays as it is."""
+    return _words(COHORT_SAMPLERS, name)
+
+
+def _words(registry: Registry[Any], name: str) -> str:
+    """Return the summary of a class; a report must not fail for a plug-in that is gone."""
+    with suppress(ConfigError):
+        return registry.resolve(name).summary or name
+    return name
 
 
 def spent_in_words(summary: RunSummary) -> str:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlm.config import Config, config_from_toml, config_hash, config_to_toml, describe, load_config
-from fedlm.config.keys import Key, build, flatten, keys, to_flat
+from fedlm.config.keys import Key, build, flatten, keys, option_keys, to_flat
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import ConfigError
 
@@ -27,6 +27,9 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
     """Every value that the key accepts."""
     if key.choices:
         return st.sampled_from(key.choices)
+    if key.registry:
+        names = st.sampled_from([*key.registry.built_in, *([""] if key.default == "" else [])])
+        return st.lists(names, unique=True).map(tuple) if key.registry.many else names
     if key.kind is bool:
         return st.booleans()
     if key.kind is str:
@@ -39,7 +42,17 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
     return st.lists(TEXT).map(tuple)
 
 
-ANY_VALUES = st.fixed_dictionaries({}, optional={path: values_of(key) for path, key in keys().items()})
+@st.composite
+def any_values(draw: st.DrawFn) -> dict[str, Any]:
+    """Any values of any keys, options of the classes that they name among them."""
+    values: dict[str, Any] = draw(
+        st.fixed_dictionaries({}, optional={path: values_of(key) for path, key in keys().items()})
+    )
+    options = option_keys(build(values))
+    return values | draw(st.fixed_dictionaries({}, optional={path: values_of(key) for path, key in options.items()}))
+
+
+ANY_VALUES = any_values()
 
 
 def refusal(*overrides: str) -> str:
@@ -135,7 +148,10 @@ def test_override_values(override: str, path: str, value: object) -> None:
         ("data.corpus=", 'data.corpus = "" is not allowed; expected text, not empty'),
         ("trainable.lora.targets=mlp", 'expected a list of text; write ["mlp"]'),
         ('trainable.lora.targets=["mlp", 3]', "expected a list of text"),
-        ("loss.kind=NCE", "expected one of nce, sampled_softmax, full_softmax; did you mean 'nce'?"),
+        (
+            "loss.kind=NCE",
+            "loss.kind = 'NCE' is unknown; did you mean 'nce'? Known: nce, sampled_softmax, full_softmax",
+        ),
         ("privacy=true", "privacy = true is not allowed; expected a table: privacy is a section"),
         ("seed={x=1}", 'seed = {"x": 1} is not allowed; expected a whole number >= 0'),
         ("seed", '--set "seed" is not allowed; expected KEY=VALUE, such as --set seed=3'),
@@ -239,7 +255,7 @@ def test_a_key_in_the_wrong_section_is_found_by_its_name(path: str, section: str
 
 def test_describe_lists_every_key_once_with_what_changed() -> None:
     rows = {row["key"]: row for row in describe(load_config(None, ["seed=9"]))}
-    assert list(rows) == list(keys())
+    assert list(rows) == [*keys(), *option_keys(Config())]
     assert rows["seed"] == {
         "key": "seed",
         "value": 9,

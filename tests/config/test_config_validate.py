@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlm.config import Config, load_config, validate
-from fedlm.config.validate import problems
+from fedlm.config import Config, load_config
+from fedlm.config.validate import problems, validate
 from fedlm.errors import ConfigError
 
 NO_ROWS = "trainable.embedding_rows.count=0"
@@ -129,7 +129,6 @@ def test_refused_and_the_fix_works(asked: list[str], message: str, fix: list[str
         ["privacy.enabled=false", "privacy.epsilon=0"],
         ["privacy.population=1_000_000"],
         ["model.name=gpt2/", "vocabulary.source=model", "trainable.embedding_rows.count=40_000"],
-        ["strategy.kind=fedadamw"],
         ["execution.grid=inprocess", "execution.workers=1"],
         ["finetune.example_dp.enabled=true", "finetune.example_dp.epsilon=3", "finetune.example_dp.engine=opacus"],
     ],

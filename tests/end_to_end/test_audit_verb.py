@@ -111,7 +111,7 @@ def audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 MECHANISMS = {
     "gaussian": [],
     "blt": ["privacy.mechanism=blt"],
-    "banded": ["privacy.mechanism=banded", "privacy.bands=3", "privacy.sampler=cyclic_poisson"],
+    "banded": ["privacy.mechanism=banded", "privacy.options.bands=3", "privacy.sampler=cyclic_poisson"],
 }
 
 

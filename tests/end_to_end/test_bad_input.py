@@ -66,7 +66,7 @@ def test_a_bad_corpus(here: Fedlm, tmp_path: Path, name: str, content: bytes | N
         ("fleet.cohort=5000", ["fleet.cohort = 5000"]),
         ("pretrain.corpus=/no/file", ["/no/file"]),
         ("model.base=/no/base", ["model.base = '/no/base'"]),
-        ("strategy.kind=fedavgg", ["unknown strategy.kind 'fedavgg'"]),
+        ("strategy.kind=fedavgg", ["strategy.kind = 'fedavgg' is unknown", "did you mean 'fedavg'?"]),
         ("strategy.kind=no_such_module:Kind", ["cannot be imported", "PYTHONPATH"]),
         ("data.corpus=no_such_module:users", ["No module named 'no_such_module'"]),
     ],

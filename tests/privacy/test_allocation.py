@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlm.codec import decode, from_text, to_text
-from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.errors import DataError
 from fedlm.privacy.adaptation import Adaptation, PrivacyState
 from fedlm.privacy.allocation import (
@@ -251,7 +251,7 @@ def test_a_private_state_is_a_function_of_releases_through_storage() -> None:
 
 def test_rows_are_chosen_above_the_noise_and_no_more_than_asked_for() -> None:
     size, std = 20_000, 0.01
-    rows = RowsConfig(sampler="dp_adafest", count=200, selection_rounds=4, selection_threshold=3.0)
+    rows = RowsConfig(sampler="dp_adafest", count=200, options=OptionValues({"selection_rounds": 4}))
     adaptation = Adaptation.create(
         PrivacyConfig(), noise_multiplier=1.0, expected_cohort=100, rows=rows, vocabulary_size=size
     )
@@ -270,7 +270,7 @@ def test_rows_are_chosen_above_the_noise_and_no_more_than_asked_for() -> None:
 
 
 def test_metrics_are_ratios_of_noisy_sums_within_their_bounds() -> None:
-    metrics = DPMetrics(0.1, ("train_loss", "clip_fraction"), (20.0, 1.0))
+    metrics = DPMetrics(0.1, ("train_loss", "clip_fraction"))
     assert metrics.means(np.array([0.2, 0.5, 1.0])) == {"train_loss": 4.0, "clip_fraction": 0.5}
     assert metrics.means(np.array([-0.2, 7.0, 0.9])) == {"train_loss": 0.0, "clip_fraction": 1.0}
     assert all(math.isnan(value) for value in metrics.means(np.array([0.2, 0.5, -0.01])).values())

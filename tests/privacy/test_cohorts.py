@@ -8,8 +8,10 @@ from scipy import stats
 
 from fedlm.errors import BudgetExceededError, ConfigError
 from fedlm.privacy.cohort_key import CohortKey
-from fedlm.privacy.cohorts import SAMPLERS, ParticipationLedger, check_turns, sample_cohort
+from fedlm.privacy.cohorts import ParticipationLedger, sample_cohort
 from fedlm.privacy.mechanisms.base import Participation
+from fedlm.privacy.samplers import Separated
+from fedlm.registry import COHORT_SAMPLERS
 
 KEY = CohortKey.reproducible(3)
 
@@ -27,7 +29,7 @@ def attendance(of: Participation) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", COHORT_SAMPLERS.built_in)
 def test_cohorts_are_sorted_and_functions_of_key_and_round(sampler: str) -> None:
     of = rule(sampler, cap=35, separation=5)
     forwards = [sample_cohort(of, key=KEY, round_number=t) for t in range(1, 12)]
@@ -78,11 +80,11 @@ def test_turns_keep_their_distance_and_everyone_comes() -> None:
 
 
 def test_fleets_too_small_for_their_turns_are_refused_before_the_first_round() -> None:
-    check_turns(rule("separated", separation=20, max_participations=10))
+    Separated.check_turns(rule("separated", separation=20, max_participations=10))
     with pytest.raises(ConfigError, match="min_separation"):
-        check_turns(rule("separated", separation=21))
+        Separated.check_turns(rule("separated", separation=21))
     with pytest.raises(ConfigError, match="max_participations"):
-        check_turns(rule("separated", separation=20, max_participations=9))
+        Separated.check_turns(rule("separated", separation=20, max_participations=9))
 
 
 def test_the_ledger_sees_what_a_list_would() -> None:

@@ -33,7 +33,7 @@ def vector(seed: int, size: float) -> Vector:
 
 
 def riders() -> tuple[ClipBit | GroupShares | WordMap | DPMetrics, ...]:
-    metrics = DPMetrics(0.17, ("train_loss", "num_tokens"), (20.0, 500.0))
+    metrics = DPMetrics(0.17, ("train_loss", "num_tokens"), (("num_tokens.bound", 500.0),))
     return (ClipBit(0.1, 0.7), GroupShares(0.1, 3), WordMap(0.4, 11), metrics)
 
 

@@ -14,7 +14,7 @@ from scipy.stats import kstest
 
 from fedlm.codec import decode, encode, from_text, to_text
 from fedlm.config.load import load_config
-from fedlm.config.schema import PrivacyConfig
+from fedlm.config.schema import OptionValues, PrivacyConfig
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import Clipper, PrivacyPlan, accounting
 from fedlm.privacy.cohort_key import CohortKey
@@ -204,12 +204,12 @@ def test_plans_without_a_bound_or_with_mimicked_fleets_are_refused() -> None:
         plan_with().new_sum(SIZE + 1)
     with pytest.raises(ConfigError, match=r"set privacy\.population = 0"):
         plan_with(population=100_000, expected_cohort=1_000)
-    with pytest.raises(ConfigError, match=r"privacy.min_survivors = 13 must be .* <= 12"):
-        plan_with(min_survivors=13)
+    with pytest.raises(ConfigError, match=r"privacy.options.min_survivors = 13 must be .* <= 12"):
+        plan_with(options=OptionValues({"min_survivors": 13}))
     with pytest.raises(ConfigError, match="costs more than epsilon"):
-        plan_with(noise_multiplier=0.0, epsilon=0.01, grid_bits=18)
-    with pytest.raises(ConfigError, match=r"needs privacy\.mechanism = 'skellam'"):
-        load_config(None, ["privacy.min_survivors=3"])
+        plan_with(noise_multiplier=0.0, epsilon=0.01, options=OptionValues({"grid_bits": 18}))
+    with pytest.raises(ConfigError, match=r"unknown key 'privacy\.options\.min_survivors'; gaussian has no options"):
+        load_config(None, ["privacy.options.min_survivors=3"])
     with pytest.raises(ConfigError, match="published"):
         load_config(None, ["privacy.mechanism=skellam", "privacy.allocation=published"])
     with pytest.raises(ConfigError, match="does not go with"):

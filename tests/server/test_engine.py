@@ -224,7 +224,7 @@ def test_bad_input_is_refused_before_any_work(small: Make, tmp_path: Path, refer
         simulate(small("fleet.cohort=5000"), tmp_path / "a", quiet)
     with pytest.raises(DataError, match=r"fleet\.profile = .*absent\.csv' is no file"):
         simulate(small("fleet.profile=absent.csv"), tmp_path / "b", quiet)
-    with pytest.raises(ConfigError, match="unknown strategy"):
+    with pytest.raises(ConfigError, match=r"did you mean .fedavg"):
         simulate(small("strategy.kind=fedavgg"), tmp_path / "c", quiet)
     with pytest.raises(DataError, match="not a run folder"):
         resume(tmp_path, quiet)

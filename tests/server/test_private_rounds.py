@@ -25,12 +25,12 @@ Make = Callable[..., Config]
 
 SAME_ROWS = "trainable.embedding_rows.sampler=top_k"
 SELECTION = (
-    "trainable.embedding_rows.sampler=dp_adafest", "trainable.embedding_rows.selection_rounds=2",
-    "trainable.embedding_rows.selection_threshold=0.5",
+    "trainable.embedding_rows.sampler=dp_adafest", "trainable.embedding_rows.options.selection_rounds=2",
+    "trainable.embedding_rows.options.selection_threshold=0.5",
 )  # fmt: skip
 VARIANTS = {
     "blt": ("privacy.mechanism=blt", SAME_ROWS),
-    "banded": ("privacy.mechanism=banded", "privacy.bands=3", SAME_ROWS, "privacy.allocation=public"),
+    "banded": ("privacy.mechanism=banded", "privacy.options.bands=3", SAME_ROWS, "privacy.allocation=public"),
     "tree": ("privacy.mechanism=tree", SAME_ROWS),
     "clip": ("privacy.clip_quantile=0.6", 'privacy.metrics=["train_loss", "clip_fraction"]'),
     "adaptive": ("privacy.allocation=adaptive",),
@@ -91,7 +91,7 @@ def test_correlated_noise_goes_on_after_a_crash_between_key_and_release(
     config = small(
         *TINY, SAME_ROWS, f"privacy.mechanism={mechanism}", "privacy.epsilon=0", "privacy.noise_multiplier=3000",
         "privacy.reproducible_noise=false", "trainable.embedding_rows.count=200", "execution.checkpoint_every=100",
-        *(["privacy.bands=3"] if mechanism == "banded" else []),
+        *(["privacy.options.bands=3"] if mechanism == "banded" else []),
     )  # fmt: skip
     write = RunFolder.write_release
 

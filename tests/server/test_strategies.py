@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedlm.config.schema import StrategyConfig
+from fedlm.config.schema import OptionValues, StrategyConfig
+from fedlm.registry import STRATEGIES
 from fedlm.strategy import Release, Strategy
 from fedlm.trainable.spec import UpdateSpec, Vector
-from server.strategies import BUILT_IN
 
 FULL = UpdateSpec.build([("w", "dense", (7,)), ("input_table", "rows", (10, 3))])
 
 
 def run(kind: str, means: list[Vector], rows: list[np.ndarray], values: Vector, config: StrategyConfig) -> Vector:
-    strategy = BUILT_IN[kind](config)
+    strategy = STRATEGIES.resolve(kind)(config)
     assert isinstance(strategy, Strategy)
     state = strategy.init(FULL, values.copy())
     for mean, ids in zip(means, rows, strict=True):
@@ -42,7 +42,7 @@ def problem() -> tuple[list[Vector], Vector]:
 
 def test_fedadam_with_all_rows_is_adam(problem: tuple[list[Vector], Vector]) -> None:
     means, values = problem
-    c = StrategyConfig(learning_rate=0.05, beta1=0.8, beta2=0.95, epsilon=1e-3)
+    c = StrategyConfig(learning_rate=0.05, options=OptionValues({"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3}))
     ours = run("fedadam", means, [np.arange(10)] * 6, values, c)
     theirs = torch_run(torch.optim.Adam, means, values, lr=0.05, betas=(0.8, 0.95), eps=1e-3)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
@@ -54,7 +54,7 @@ def test_fedavg_is_sgd(problem: tuple[list[Vector], Vector]) -> None:
     np.testing.assert_allclose(ours, torch_run(torch.optim.SGD, means, values, lr=0.7), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", sorted(BUILT_IN))
+@pytest.mark.parametrize("kind", STRATEGIES.built_in)
 def test_rows_outside_the_set_are_not_touched(kind: str, problem: tuple[list[Vector], Vector]) -> None:
     """Neither values nor moments: a row that sits out two rounds continues as if they had not happened."""
     _, values = problem

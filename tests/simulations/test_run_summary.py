@@ -27,6 +27,7 @@ def test_every_figure_of_a_finished_run(tmp_path: Path) -> None:
         "perplexity_initial": pytest.approx(412.3),
         "perplexity": pytest.approx(perplexity),
         "bits_per_byte": pytest.approx(math.log2(perplexity) / 5.42),
+        "evaluation": {},
         "epsilon": pytest.approx(0.55 + 0.26 * math.sqrt(30)),
         "epsilon_realised": pytest.approx(1.9),
         "delta": 1e-6,

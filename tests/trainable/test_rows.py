@@ -28,7 +28,7 @@ def test_inclusion_probabilities_sum_to_count_and_follow_the_power(alpha: float,
 
 
 def test_power_sampler_draws_rows_at_their_inclusion_probability() -> None:
-    config = RowsConfig(sampler="power", alpha=0.5, count=60)
+    config = RowsConfig(sampler="power", count=60)
     rounds = 4000
     hits = np.zeros(400)
     for t in range(1, rounds + 1):

@@ -23,14 +23,16 @@ from typing import ClassVar
 import numpy as np
 
 from fedlm.codec import coded
+from fedlm.config.built_in_options import BandedOptions
+from fedlm.errors import ConfigError
 from fedlm.privacy import accounting
 from fedlm.privacy.mechanisms import toeplitz
-from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
+from fedlm.privacy.mechanisms.base import Floats, Participation, Request, RoundNoise
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
 from fedlm.privacy.noise import NoiseStream
-from fedlm.privacy.ranges import require_count
+from fedlm.privacy.ranges import require_count, require_number
 
 
 @coded
@@ -55,12 +57,39 @@ class Banded(Unsampled):
     name: ClassVar[str] = "banded"
     keeps_noise: ClassVar[bool] = True
     samplers: ClassVar[tuple[str, ...]] = ("cyclic_poisson", "separated")
+    Options: ClassVar[type] = BandedOptions
+    summary: ClassVar[str] = "noise correlated over the rounds (banded square root)"
 
     def __post_init__(self) -> None:
         """Check the participation rule and that no two columns of one user overlap."""
         check(self.participation, self.name, self.samplers)
         fix = "a user's rounds must be at least as far apart: raise privacy.min_separation"
-        require_count("privacy.bands", self.bands, low=1, high=self.participation.separation, fix=fix)
+        require_count("privacy.options.bands", self.bands, low=1, high=self.participation.separation, fix=fix)
+
+    @classmethod
+    def planned(cls, participation: Participation, request: Request) -> Banded:
+        """Return the mechanism with the bands asked for, or with the best number of them."""
+        classes_open = participation.sampler == "cyclic_poisson" and participation.separation == 1
+        if bands := request.options.bands:
+            return cls(replace(participation, separation=bands) if classes_open else participation, bands)
+        if classes_open and request.noise_multiplier and not request.epsilon:
+            raise ConfigError(
+                f"privacy.options.bands = 0 with privacy.noise_multiplier = {request.noise_multiplier}: the best is "
+                "that for an epsilon; set privacy.options.bands, or privacy.epsilon in place of the noise multiplier"
+            )
+        if classes_open:
+            require_number("privacy.epsilon", request.epsilon, above=0)
+        return best_band(participation, epsilon=request.epsilon, delta=request.delta, max_bands=request.most_apart)
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]
+        """One less than there are bands."""
+        return self.bands - 1
+
+    @property
+    def parameters(self) -> str:  # type: ignore[override]
+        """The bands in words."""
+        return f"{self.bands} bands"
 
     @property
     def amplified(self) -> bool:
@@ -146,6 +175,10 @@ class Banded(Unsampled):
     def prefix_rmse(self) -> float:
         """Return the root mean square noise of prefix sums for z = 1."""
         return toeplitz.prefix_rmse(toeplitz.inverse_column(self.column[: self.bands], self.participation.rounds))
+
+    def round_growth(self) -> Floats:
+        """Return the norms of the rows of C^-1 (T,)."""
+        return np.sqrt(np.cumsum(toeplitz.inverse_column(self.column, self.participation.rounds) ** 2))
 
     def new_noise(self, size: int) -> RoundNoise:
         """Return the noise of a run, with b - 1 vectors of `size` fp64 numbers."""

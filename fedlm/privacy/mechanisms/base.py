@@ -9,15 +9,23 @@ A mechanism is frozen and made of public numbers alone. It knows neither seed, c
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlm.codec import coded, union
+from fedlm.config.schema import Config
 from fedlm.privacy.noise import NoiseStream
+from fedlm.registry import COHORT_SAMPLERS, ROW_SAMPLERS, NoOptions
+from fedlm.rounding import rounded_up
+
+if TYPE_CHECKING:
+    from fedlm.privacy.skellam import Skellam
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,7 +36,7 @@ class Participation:
     """Who can be in which cohort: what the sampler does and the accountant assumes.
 
     Arguments:
-        sampler: "poisson", "truncated_poisson", "fixed", "cyclic_poisson" or "separated" (`fedlm.privacy.cohorts`).
+        sampler: One of `fedlm.registry.COHORT_SAMPLERS` (`fedlm.privacy.samplers`).
         population: N, users that can be sampled.
         cohort: n, expected devices a round.
         rounds: T.
@@ -53,7 +61,28 @@ class Participation:
 
     @property
     def _classes(self) -> int:
-        return self.separation if self.sampler == "cyclic_poisson" else 1
+        classes: int = COHORT_SAMPLERS.resolve(self.sampler).num_classes(self)
+        return classes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a mechanism is made for, beside the participation rule.
+
+    Arguments:
+        delta, epsilon: The target; epsilon 0: only the noise multiplier is given.
+        noise_multiplier: z where epsilon is not given; no matrix depends on it.
+        options: The mechanism's `Options`.
+        most_apart: Rounds after which a device of a smaller fleet that follows the same rule comes again; 0: none.
+        size: The most coordinates of a round; 0: unknown.
+    """
+
+    delta: float
+    epsilon: float = 0.0
+    noise_multiplier: float = 0.0
+    options: Any = None
+    most_apart: int = 0
+    size: int = 0
 
 
 class RoundNoise(Protocol):
@@ -87,11 +116,62 @@ class Mechanism(ABC):
     """
 
     name: ClassVar[str]
+    samplers: ClassVar[tuple[str, ...]]
+    """Samplers that it can account for, the default first."""
+    Options: ClassVar[type] = NoOptions
+    """What [privacy.options] may hold: a frozen dataclass whose fields are made with `fedlm.config.schema.option`."""
+    summary: ClassVar[str] = ""
+    """The noise in words that need no glossary."""
     keeps_noise: ClassVar[bool] = False
     """Whether a round's noise depends on earlier draws, so that their keys have to outlive a restart."""
+    supports_mimicry: ClassVar[bool] = True
+    """Whether its noise can be that of a larger fleet than the one that is simulated."""
+    wants_size: ClassVar[bool] = False
+    """Whether it is made for a number of coordinates; then `Request.size` has the most of any round."""
+    by_report: ClassVar[bool] = False
+    """Whether each device's report is noised by itself, so that the guarantee holds for every single one."""
+    trusts_server: ClassVar[bool] = True
+    """Whether the server sees sums without noise; else `epsilon_server` tells what it learns."""
+    num_vectors: int = 0
+    """Vectors of earlier noise that a run keeps."""
+    parameters: str = ""
+    """What decides `num_vectors`, in words; empty: nothing to choose."""
+    largest_cohort: int | None = None
+    """Devices that a cohort is cut to; None: the sampler alone decides."""
 
     participation: Participation
     """What sampling and ledger have to guarantee."""
+
+    @classmethod
+    def planned(cls, participation: Participation, request: Request) -> Mechanism:
+        """Return the mechanism of a run, its matrix chosen for the participation rule and the request.
+
+        Raises:
+            ConfigError: An impossible combination.
+        """
+        return cls(participation)  # type: ignore[call-arg]
+
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        """Yield what in a config cannot work with this mechanism, one sentence each."""
+        rows = config.trainable.embedding_rows
+        if not cls.keeps_noise or not config.privacy.enabled or not rows.count:
+            return
+        if not ROW_SAMPLERS.resolve(rows.sampler).is_fixed:
+            yield (
+                f"privacy.mechanism = {config.privacy.mechanism!r} takes noise back in later rounds, which need the "
+                f"same rows, but trainable.embedding_rows.sampler = {rows.sampler!r}; set it to 'top_k', or count = 0"
+            )
+
+    @property
+    def amplified(self) -> bool:
+        """Whether the accounting rests on secret cohorts, so that who knows them has no such guarantee."""
+        return False
+
+    @property
+    def accountant(self) -> str:
+        """What computes epsilon: "pld" (privacy loss distributions), "rdp", "gaussian", or other words."""
+        return "pld" if self.amplified else "gaussian"
 
     @property
     @abstractmethod
@@ -129,6 +209,26 @@ class Mechanism(ABC):
     def noise_growth(self, num_reports: float) -> float:
         """Return what multiplies the noise of a sum over so many devices: 1 but where every device adds its own."""
         return 1.0
+
+    def round_growth(self) -> Floats | None:
+        """Return (T,) the standard deviation of a round's noise over that of its own draw; None: not known."""
+        return None
+
+    def matrix(self) -> Floats | None:
+        """Return C (T, T) for the test kit, which knows those of the built-in mechanisms itself; None: not told."""
+        return None
+
+    def encoder(self, noise_multiplier: float, *, delta: float, size: int) -> Skellam | None:
+        """Return how a round's devices encode `size` coordinates; None where the server adds the noise."""
+        return None
+
+    def epsilon_server(self, *, noise_multiplier: float, num_releases: int, delta: float) -> float:
+        """Return what the server learns from the first `num_releases` sums; infinity where it sees them bare."""
+        return math.inf
+
+    def server_statement(self, epsilon: float) -> str:
+        """Return a sentence on what holds against the server, at an `epsilon_server`; where it is not trusted."""
+        return f"Against a server that follows the protocol: epsilon {rounded_up(epsilon)}."
 
     @abstractmethod
     def realised_epsilon(

@@ -24,9 +24,10 @@ from typing import ClassVar
 import numpy as np
 
 from fedlm.codec import coded
+from fedlm.config.built_in_options import BltOptions
 from fedlm.errors import ConfigError
 from fedlm.privacy.mechanisms import toeplitz
-from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
+from fedlm.privacy.mechanisms.base import Floats, Participation, Request, RoundNoise
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -61,11 +62,13 @@ class Blt(Unsampled):
     name: ClassVar[str] = "blt"
     keeps_noise: ClassVar[bool] = True
     samplers: ClassVar[tuple[str, ...]] = ("separated",)
+    Options: ClassVar[type] = BltOptions
+    summary: ClassVar[str] = "noise correlated over the rounds (buffered linear Toeplitz)"
 
     def __post_init__(self) -> None:
         """Check that poles and zeros interlace; all that `toeplitz.sensitivity` asks for follows from it."""
         check(self.participation, self.name, self.samplers)
-        require_count("privacy.buffers", len(self.poles), low=1, high=MAX_BUFFERS)
+        require_count("privacy.options.buffers", len(self.poles), low=1, high=MAX_BUFFERS)
         chain = [number for pair in zip(self.poles, self.zeros, strict=False) for number in pair]
         falls = all(high > low for high, low in zip([1.0, *chain], [*chain, 0.0], strict=True))
         if len(self.poles) != len(self.zeros) or not falls:
@@ -86,9 +89,24 @@ class Blt(Unsampled):
             ConfigError: Not a rule for this mechanism, or too many buffers.
         """
         check(participation, cls.name, cls.samplers)
-        require_count("privacy.buffers", buffers, low=1, high=MAX_BUFFERS)
+        require_count("privacy.options.buffers", buffers, low=1, high=MAX_BUFFERS)
         chain = _best_chain(participation, buffers)
         return cls(participation, poles=tuple(chain[0::2].tolist()), zeros=tuple(chain[1::2].tolist()))
+
+    @classmethod
+    def planned(cls, participation: Participation, request: Request) -> Blt:
+        """Return `optimised`."""
+        return cls.optimised(participation, buffers=request.options.buffers)
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]
+        """d."""
+        return len(self.poles)
+
+    @property
+    def parameters(self) -> str:  # type: ignore[override]
+        """d in words."""
+        return f"{len(self.poles)} buffers"
 
     @property
     def description(self) -> str:
@@ -113,6 +131,10 @@ class Blt(Unsampled):
     def prefix_rmse(self) -> float:
         """Return the root mean square noise of prefix sums for z = 1."""
         return toeplitz.prefix_rmse(_series(np.array(self.zeros), np.array(self.poles), self.participation.rounds))
+
+    def round_growth(self) -> Floats:
+        """Return the norms of the rows of C^-1 (T,)."""
+        return np.sqrt(np.cumsum(toeplitz.inverse_column(self.column, self.participation.rounds) ** 2))
 
     def new_noise(self, size: int) -> RoundNoise:
         """Return the noise of a run, with d buffers of `size` fp64 numbers."""

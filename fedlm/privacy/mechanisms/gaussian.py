@@ -16,9 +16,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from fedlm.codec import coded
 from fedlm.privacy import accounting
-from fedlm.privacy.mechanisms.base import Participation, RoundNoise
+from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import IndependentNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -44,6 +46,7 @@ class Gaussian(Unsampled):
 
     name: ClassVar[str] = "gaussian"
     samplers: ClassVar[tuple[str, ...]] = ("poisson", "truncated_poisson", "fixed", "separated")
+    summary: ClassVar[str] = "Gaussian noise, independent in every round"
 
     def __post_init__(self) -> None:
         """Check the participation rule."""
@@ -117,6 +120,10 @@ class Gaussian(Unsampled):
     def prefix_rmse(self) -> float:
         """Return sqrt((T + 1) / 2): the t-th prefix sum has variance t."""
         return math.sqrt((self.participation.rounds + 1) / 2)
+
+    def round_growth(self) -> Floats:
+        """Return ones (T,)."""
+        return np.ones(self.participation.rounds)
 
     def new_noise(self, size: int) -> RoundNoise:
         """Return noise without memory."""

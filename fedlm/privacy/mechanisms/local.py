@@ -16,8 +16,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from fedlm.codec import coded
-from fedlm.privacy.mechanisms.base import Participation, RoundNoise
+from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import IndependentNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
@@ -45,6 +47,8 @@ class Local(Unsampled):
 
     name: ClassVar[str] = "local"
     samplers: ClassVar[tuple[str, ...]] = ("separated", "poisson", "truncated_poisson", "fixed", "cyclic_poisson")
+    summary: ClassVar[str] = "noise that every device adds itself (local privacy)"
+    by_report: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the participation rule."""
@@ -75,6 +79,10 @@ class Local(Unsampled):
     def noise_growth(self, num_reports: float) -> float:
         """Return 2 sqrt(n); that of one report for none, so that every round's sum is noised."""
         return _SENSITIVITY * math.sqrt(num_reports or 1.0)
+
+    def round_growth(self) -> Floats:
+        """Return ones (T,)."""
+        return np.ones(self.participation.rounds)
 
     def new_noise(self, size: int) -> RoundNoise:
         """Return noise without memory; what it adds is to be multiplied by `noise_growth`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlm.errors import ConfigError
 from fedlm.privacy.mechanisms.base import Participation
 from fedlm.privacy.ranges import require_count
+from fedlm.registry import COHORT_SAMPLERS
 
 ADD_OR_REMOVE = "add or remove one user"
 ZERO_OUT = "one user's contributions replaced by zero"
@@ -13,7 +14,8 @@ _POPULATION = "lower privacy.expected_cohort or raise privacy.population"
 
 def check(rule: Participation, mechanism: str, samplers: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless the rule is possible and its sampler one of those that the mechanism takes."""
-    if rule.sampler not in samplers:
+    kind = COHORT_SAMPLERS.resolve(rule.sampler)
+    if kind.accounted_as not in samplers:
         raise ConfigError(
             f"privacy.sampler = {rule.sampler!r} does not go with privacy.mechanism = {mechanism!r}; "
             f"it takes {', '.join(samplers)}"
@@ -23,16 +25,16 @@ def check(rule: Participation, mechanism: str, samplers: tuple[str, ...]) -> Non
     require_count("rounds", rule.rounds, low=1)
     require_count("privacy.min_separation", rule.separation, low=1, high=rule.rounds, fix="it is in rounds")
     require_count("privacy.max_participations", rule.max_participations, high=rule.rounds, fix="0 sets no limit")
-    require_count("cap of the cohort", rule.cap, low=int(rule.sampler == "truncated_poisson"))
+    require_count("cap of the cohort", rule.cap, low=int(kind.takes_cap))
     most = rule.population // rule.cohort
-    if rule.sampler in ("cyclic_poisson", "separated"):
+    if kind.keeps_separation:
         require_count("privacy.min_separation", rule.separation, high=most, fix=_POPULATION)
     elif rule.separation != 1:
         raise ConfigError(
             f"privacy.min_separation = {rule.separation:,} is not kept by privacy.sampler = {rule.sampler!r}; "
             "set it to 1 or take the sampler 'separated'"
         )
-    if rule.sampler == "separated" and rule.max_participations:
+    if kind.accounted_as == "separated" and rule.max_participations:
         # The sampler takes its slots in turn, so that every user comes this often.
         fix = "raise it, plan fewer rounds or lower privacy.expected_cohort"
         require_count("privacy.max_participations", rule.max_participations, low=-(-rule.rounds // most), fix=fix)
@@ -53,17 +55,5 @@ def most_participations(rule: Participation, num_releases: int, separation: int 
 
 def sampling_clause(rule: Participation) -> str:
     """Return the sampling in words, for the statement of the guarantee."""
-    share = f"{rule.cohort:,} / {rule.population:,}"
-    if rule.sampler == "separated":
-        times = most_participations(rule, rule.rounds)
-        return f"cohorts of {share} users, each in at most {times:,} rounds at least {rule.separation:,} apart"
-    if rule.sampler == "fixed":
-        times = most_participations(rule, rule.rounds)
-        return f"cohorts of {share} users without amplification, each in at most {times:,} rounds"
-    if rule.sampler == "cyclic_poisson":
-        q = rule.sampling_probability
-        return (
-            f"Poisson sampling at q = {rule.separation} * {share} = {q:.4g} in one of {rule.separation} classes in turn"
-        )
-    clause = f"Poisson sampling at q = {share} = {rule.sampling_probability:.4g}"
-    return clause + (f" cut at {rule.cap:,} devices" if rule.sampler == "truncated_poisson" else "")
+    clause: str = COHORT_SAMPLERS.resolve(rule.sampler).clause(rule, most_participations(rule, rule.rounds))
+    return clause

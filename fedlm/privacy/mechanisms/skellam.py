@@ -16,13 +16,15 @@ from functools import lru_cache
 from typing import ClassVar, NoReturn
 
 from fedlm.codec import coded
+from fedlm.config.built_in_options import SkellamOptions
 from fedlm.errors import ConfigError
 from fedlm.privacy import rdp
-from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.privacy.mechanisms.base import Mechanism, Participation, Request
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.skellam import Skellam, largest_cohort, least_noise
+from fedlm.rounding import rounded_up
 
 
 @coded
@@ -54,43 +56,52 @@ class DistributedSkellam(Mechanism):
 
     name: ClassVar[str] = "skellam"
     samplers: ClassVar[tuple[str, ...]] = ("poisson", "fixed", "separated")
+    Options: ClassVar[type] = SkellamOptions
+    summary: ClassVar[str] = "Skellam noise that the devices add inside a secure sum"
+    supports_mimicry: ClassVar[bool] = False
+    wants_size: ClassVar[bool] = True
+    trusts_server: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the participation rule and the sizes."""
         check(self.participation, self.name, self.samplers)
         rule = self.participation
         require_count("size", self.size, low=1, fix="it is the number of coordinates of a round")
-        require_count("privacy.grid_bits", self.grid_bits, low=4, high=18)
+        require_count("privacy.options.grid_bits", self.grid_bits, low=4, high=18)
         require_count("max_devices", self.max_devices, low=rule.cohort, high=rule.population)
         fix = "a larger sum would be rare"
-        require_count("privacy.min_survivors", self.min_survivors, low=1, high=rule.cohort, fix=fix)
+        require_count("privacy.options.min_survivors", self.min_survivors, low=1, high=rule.cohort, fix=fix)
 
     @classmethod
-    def planned(
-        cls, participation: Participation, *, size: int, grid_bits: int = 16, min_survivors: int = 0, delta: float
-    ) -> DistributedSkellam:
-        """Return the mechanism with room for the largest cohort.
-
-        Arguments:
-            participation, size, grid_bits: As above.
-            min_survivors: 0: `default_survivors`.
-            delta: A billionth of it is for larger cohorts.
-        """
+    def planned(cls, participation: Participation, request: Request) -> DistributedSkellam:
+        """Return the mechanism with room for the largest cohort; a billionth of delta is for larger ones."""
         check(participation, cls.name, cls.samplers)
         population, cohort = participation.population, participation.cohort
         if participation.sampler == "poisson":
             rounds = participation.rounds
-            most = largest_cohort(population=population, cohort=cohort, rounds=rounds, delta=delta)
+            most = largest_cohort(population=population, cohort=cohort, rounds=rounds, delta=request.delta)
         elif participation.sampler == "separated":
             most = -(-population // (population // cohort))  # the longest of the slots
         else:
             most = cohort
-        return cls(participation, size, grid_bits, min_survivors or default_survivors(cohort), most)
+        options = request.options
+        survivors = options.min_survivors or default_survivors(cohort)
+        return cls(participation, request.size, options.grid_bits, survivors, most)
 
     @property
     def amplified(self) -> bool:
         """Whether the analyst's figure rests on secret Poisson cohorts."""
         return self.participation.sampler == "poisson"
+
+    @property
+    def accountant(self) -> str:
+        """Renyi divergences."""
+        return "rdp"
+
+    @property
+    def largest_cohort(self) -> int:  # type: ignore[override]
+        """D: the noise is shared out among so many; that a cohort is larger has a part of delta."""
+        return self.max_devices
 
     @property
     def adjacency(self) -> str:
@@ -133,6 +144,20 @@ class DistributedSkellam(Mechanism):
             max_participations=most_participations(rule, rule.rounds),
             replace_one=False,
             rotation_seed=0,
+        )
+
+    def encoder(self, noise_multiplier: float, *, delta: float, size: int) -> Skellam:
+        """Return the design for a round of `size` coordinates."""
+        return self.design(noise_multiplier, delta=delta, size=size)
+
+    def server_statement(self, epsilon: float) -> str:
+        """Return what a server learns from sums of `min_survivors` encodings or more."""
+        times = most_participations(self.participation, self.participation.rounds)
+        return (
+            f"Against a server that follows the protocol and knows the cohorts, but gets nothing except sums of at "
+            f"least {self.min_survivors:,} devices by secure aggregation: epsilon {rounded_up(epsilon)} (adjacency: "
+            f"{ZERO_OUT}, in at most {times:,} rounds); a transport that shows it smaller sums gives no guarantee "
+            "against it."
         )
 
     def epsilon(self, *, noise_multiplier: float, num_releases: int, delta: float) -> float:

@@ -58,10 +58,16 @@ class Tree(Unsampled):
     name: ClassVar[str] = "tree"
     keeps_noise: ClassVar[bool] = True
     samplers: ClassVar[tuple[str, ...]] = ("separated",)
+    summary: ClassVar[str] = "noise correlated over the rounds (tree aggregation)"
 
     def __post_init__(self) -> None:
         """Check the participation rule."""
         check(self.participation, self.name, self.samplers)
+
+    @property
+    def num_vectors(self) -> int:  # type: ignore[override]
+        """One for each height of the tree."""
+        return self.participation.rounds.bit_length()
 
     @property
     def description(self) -> str:

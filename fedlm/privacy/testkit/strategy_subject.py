@@ -26,6 +26,7 @@ from fedlm.privacy.testkit.facts import facts_of
 from fedlm.privacy.testkit.subject import Claim, Floats, Outcome, Setting, Subject
 from fedlm.privacy.testkit.whitening import whitening
 from fedlm.randomness import seed_key, stream
+from fedlm.registry import COHORT_SAMPLERS
 from fedlm.round_specs import RoundSpecs
 from fedlm.server_step import ServerState, step
 from fedlm.strategy import Strategy, StrategyState
@@ -87,15 +88,16 @@ class StrategyRun:
     def claim(self) -> Claim:
         """What the plan states."""
         rule, mechanism = self._plan.fleet_rule, self._plan.mechanism
+        sampler = COHORT_SAMPLERS.resolve(rule.sampler)
         return Claim(
             noise_multiplier=self._plan.noise_multiplier,
             cohort=self._plan.cohort,
-            sampling_probability=rule.sampling_probability if "poisson" in rule.sampler else None,
+            sampling_probability=rule.sampling_probability if sampler.flips_coins else None,
             matrix=whitening(mechanism),
             separation=rule.separation,
             max_participations=rule.max_participations,
-            largest_cohort=rule.cohort if rule.sampler == "fixed" else rule.cap,
-            by_report=mechanism.name == "local",
+            largest_cohort=sampler.largest_cohort(rule),
+            by_report=mechanism.by_report,
         )
 
     def sample_cohort(self, round_number: int) -> RowIds:
@@ -127,7 +129,7 @@ class StrategyRun:
     def _row_ids(self, round_number: int) -> RowIds:
         """Return public rows, or those that DP row selection chose, filled up to the same number."""
         public = _public_rows(self._setting.size)
-        if self._rows_config is None or round_number <= self._rows_config.selection_rounds:
+        if self._rows_config is None or round_number <= self._plan.adaptation.selection_rounds:
             return public
         chosen = self._plan.selected_rows(self._state.privacy)
         rest = np.setdiff1d(public, chosen)

@@ -35,7 +35,12 @@ def whitening(mechanism: Mechanism) -> Floats | None:
         return _of_blt(numbers["poles"], numbers["zeros"], rounds)
     if mechanism.name == "banded":
         return _of_banded(numbers["bands"], rounds)
-    raise ConfigError(f"privacy.mechanism = {mechanism.name!r} is not known here; write a Subject that states its C")
+    if (matrix := mechanism.matrix()) is not None:
+        return matrix
+    raise ConfigError(
+        f"privacy.mechanism = {mechanism.name!r} is not known here; "
+        "give it a method `matrix`, or write a Subject that states its C"
+    )
 
 
 def _of_blt(poles: Sequence[float], zeros: Sequence[float], rounds: int) -> Floats:

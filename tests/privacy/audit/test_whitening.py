@@ -15,7 +15,8 @@ NAMES = ["gaussian", "blt", "banded", "tree"]
 
 
 def mechanism(name: str) -> Mechanism:
-    return create(name, RULE, delta=1e-6, noise_multiplier=1.0, bands=6 if name == "banded" else 0)
+    options = {"bands": 6} if name == "banded" else {}
+    return create(name, RULE, delta=1e-6, noise_multiplier=1.0, **options)
 
 
 @pytest.mark.parametrize("name", ["blt", "banded"])

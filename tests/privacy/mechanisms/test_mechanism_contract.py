@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedlm.codec import decode, encode, from_text, to_text
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import accounting
-from fedlm.privacy.mechanisms import NAMES, SAMPLERS, Mechanism, Participation, create
+from fedlm.privacy.mechanisms import Mechanism, Participation, create
+from fedlm.registry import MECHANISMS
 
 RULES = {
     "poisson": Participation("poisson", 1_000, 20, 30),
@@ -21,6 +22,8 @@ RULES = {
     "cyclic_poisson": Participation("cyclic_poisson", 1_000, 20, 30, separation=5),
     "separated": Participation("separated", 120, 20, 30, separation=5, max_participations=6),
 }
+SAMPLERS = {name: MECHANISMS.resolve(name).samplers for name in MECHANISMS.built_in}
+NAMES = [name for name in MECHANISMS.built_in if MECHANISMS.resolve(name).trusts_server]
 PAIRS = [(name, sampler) for name in NAMES for sampler in SAMPLERS[name]]
 MADE = {pair: create(pair[0], RULES[pair[1]], delta=1e-6, epsilon=2.0) for pair in PAIRS}
 DELTA = 1e-6
@@ -119,7 +122,7 @@ def fields_of(made: Mechanism, **changes: Any) -> dict[str, Any]:
         ({"name": "tree"}, "lacks participation, must have participation"),
         (fields_of(MADE["banded", "separated"], bands="3"), "bands = '3' must be a whole number"),
         (fields_of(MADE["banded", "separated"], bands=True), "bands = True must be a whole number"),
-        (fields_of(MADE["banded", "separated"], bands=6), "privacy.bands = 6"),
+        (fields_of(MADE["banded", "separated"], bands=6), "privacy.options.bands = 6"),
         (fields_of(MADE["blt", "separated"], poles=[0.5, 0.9]), "interlace"),
         (fields_of(MADE["blt", "separated"], poles=[0.9]), "interlace"),
         (fields_of(MADE["blt", "separated"], poles=[0.9, float("nan")]), r"poles\[1\] = nan must be a number"),
@@ -135,18 +138,23 @@ def test_damaged_fields_are_refused(fields: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "options", "says"),
     [
-        ("laplace", {}, {}, "privacy.mechanism = 'laplace' is not built in"),
+        ("laplace", {}, {}, "privacy.mechanism = 'laplace' is unknown"),
         ("blt", {"sampler": "poisson", "separation": 1}, {}, "privacy.sampler = 'poisson' does not go with"),
         ("tree", {"sampler": "fixed", "separation": 1}, {}, "it takes separated"),
         ("gaussian", {"sampler": "poisson"}, {}, "privacy.min_separation = 5 is not kept"),
-        ("gaussian", {}, {"bands": 3}, "privacy.bands = 3 has no meaning"),
+        ("gaussian", {}, {"bands": 3}, "unknown key 'privacy.options.bands'; Gaussian has no options"),
         ("banded", {}, {"bands": 6}, "raise privacy.min_separation"),
-        ("blt", {}, {"buffers": 9}, "privacy.buffers = 9"),
+        ("blt", {}, {"buffers": 9}, "privacy.options.buffers = 9"),
         ("blt", {"separation": 7}, {}, "lower privacy.expected_cohort or raise privacy.population"),
         ("tree", {"max_participations": 4}, {}, "privacy.max_participations = 4"),
         ("tree", {"cohort": 500}, {}, "privacy.expected_cohort = 500"),
         ("gaussian", {"sampler": "truncated_poisson", "separation": 1}, {}, "cap"),
-        ("banded", {"sampler": "cyclic_poisson", "separation": 1}, {"noise_multiplier": 1.0}, "privacy.bands = 0"),
+        (
+            "banded",
+            {"sampler": "cyclic_poisson", "separation": 1},
+            {"noise_multiplier": 1.0},
+            "privacy.options.bands = 0",
+        ),
         ("banded", {"sampler": "cyclic_poisson", "separation": 1}, {}, "privacy.epsilon = 0"),
     ],
 )
@@ -164,7 +172,7 @@ def test_bands_and_classes() -> None:
     fewer = create("banded", RULES["cyclic_poisson"], delta=DELTA, bands=2)
     assert fewer.participation.separation == 5
     assert create("banded", RULES["cyclic_poisson"], delta=DELTA).bands == 5
-    assert create("banded", rule, delta=DELTA, epsilon=50.0, max_bands=3).bands <= 3
+    assert create("banded", rule, delta=DELTA, epsilon=50.0, most_apart=3).bands <= 3
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)

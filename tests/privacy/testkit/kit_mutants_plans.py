@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from kit_registry import run_mutant
 
-from fedlm.config.schema import PrivacyConfig, RowsConfig
+from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.mechanisms.gaussian import Gaussian
@@ -18,8 +18,9 @@ from fedlm.privacy.riders import Facts, Rider
 from fedlm.privacy.testkit import Claim, StrategyRun
 from fedlm.trainable.spec import UpdateSpec, Vector
 
-SELECTION = RowsConfig(selection_rounds=2)
-BANDED = PrivacyConfig(mechanism="banded", bands=2)
+SELECTION_ROUNDS = 2
+SELECTION = RowsConfig(options=OptionValues({"selection_rounds": SELECTION_ROUNDS}))
+BANDED = PrivacyConfig(mechanism="banded", options=OptionValues({"bands": 2}))
 
 
 class OwnAnswers(StrategyRun):
@@ -61,7 +62,7 @@ class _RawSelection(StrategyRun):
 
     def _spec(self, round_number: int) -> UpdateSpec:
         spec = super()._spec(round_number)
-        if round_number <= SELECTION.selection_rounds or spec.full is None or not hasattr(self, "raw_words"):
+        if round_number <= SELECTION_ROUNDS or spec.full is None or not hasattr(self, "raw_words"):
             return spec
         rest = np.setdiff1d(spec.row_ids, self.raw_words)
         return spec.full.with_rows(np.sort(np.append(np.unique(self.raw_words), rest)[: len(spec.row_ids)]))

@@ -9,13 +9,12 @@ import kit_mutants
 import pytest
 from kit_plain import Adaptive, Correlated, Plain, Scaled, Separated
 
-from fedlm.config.schema import PrivacyConfig, RowsConfig
-from fedlm.privacy import cohorts
+from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.privacy.allocation import KINDS
-from fedlm.privacy.mechanisms import NAMES, SAMPLERS
-from fedlm.privacy.riders import METRICS
 from fedlm.privacy.testkit import CHECKS, Make, PrivacyTestFailure, StrategySubject, check_strategy, strategy_checks
-from server.strategies import FedAdam, FedAvg
+from fedlm.registry import COHORT_SAMPLERS, DP_METRICS, MECHANISMS
+from server.strategies.fedadam import FedAdam
+from server.strategies.fedavg import FedAvg
 
 ALL = tuple(CHECKS)
 SUM = ("clip bound", "record and replay", "noise law")
@@ -36,7 +35,11 @@ CORRECT: dict[str, tuple[Make, tuple[str, ...]]] = {
     "fedadam": (StrategySubject(FedAdam), ("record and replay", "fresh noise", "dense support", "post-processing")),
     "fedavg, adaptive clip": (plan(clip_quantile=0.5), ALL),
     "fedavg, row selection and metrics": (
-        StrategySubject(FedAvg, PrivacyConfig(metrics=tuple(METRICS)), rows_config=RowsConfig(selection_rounds=2)),
+        StrategySubject(
+            FedAvg,
+            PrivacyConfig(metrics=DP_METRICS.built_in),
+            rows_config=RowsConfig(options=OptionValues({"selection_rounds": 2})),
+        ),
         ("clip bound", *KEPT),
     ),
     "fedavg, adaptive allocation and a metric": (
@@ -48,8 +51,11 @@ CORRECT: dict[str, tuple[Make, tuple[str, ...]]] = {
     "fedavg, clip norm by group": (plan(allocation="per_group"), (*SUM, "two worlds")),
     "fedavg, allocation as published": (plan(allocation="published"), (*SUM, "post-processing")),
     "fedavg, BLT and a metric": (plan(mechanism="blt", metrics=("num_tokens",)), KEPT),
-    "fedavg, banded, cyclic": (plan(mechanism="banded", bands=2), (*KEPT, "two worlds")),
-    "fedavg, banded, separated": (plan(mechanism="banded", bands=3, sampler="separated"), KEPT),
+    "fedavg, banded, cyclic": (plan(mechanism="banded", options=OptionValues({"bands": 2})), (*KEPT, "two worlds")),
+    "fedavg, banded, separated": (
+        plan(mechanism="banded", options=OptionValues({"bands": 3}), sampler="separated"),
+        KEPT,
+    ),
     "fedavg, tree": (plan(mechanism="tree"), KEPT),
     "fedavg, fixed cohorts": (plan(sampler="fixed"), ("record and replay", "cohorts")),
     "fedavg, cut cohorts": (plan(sampler="truncated_poisson", cap=11), ("record and replay", "cohorts", "two worlds")),
@@ -70,10 +76,13 @@ def test_correct_implementations_pass(name: str, check: str) -> None:
 
 def test_every_option_of_privacy_that_changes_a_release_is_examined() -> None:
     examined = [make.privacy_config for make, _ in CORRECT.values() if isinstance(make, StrategySubject)]
-    assert {config.mechanism for config in examined} == set(NAMES)
+    assert {config.mechanism for config in examined} == {
+        name for name in MECHANISMS.built_in if MECHANISMS.resolve(name).trusts_server
+    }
     assert {config.allocation for config in examined} == set(KINDS)
-    assert {config.sampler or SAMPLERS[config.mechanism][0] for config in examined} == {*cohorts.SAMPLERS}
-    assert {metric for config in examined for metric in config.metrics} == set(METRICS)
+    samplers = {config.sampler or MECHANISMS.resolve(config.mechanism).samplers[0] for config in examined}
+    assert samplers == {*COHORT_SAMPLERS.built_in}
+    assert {metric for config in examined for metric in config.metrics} == set(DP_METRICS.built_in)
 
 
 @pytest.mark.parametrize("name", kit_mutants.MUTANTS)

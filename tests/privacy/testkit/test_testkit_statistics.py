@@ -94,7 +94,8 @@ def test_the_whitening_of_bands_squares_to_the_prefix_sum_within_them() -> None:
 def test_the_whitening_of_a_mechanism_is_that_of_its_noise(name: str) -> None:
     rounds, size = 7, 4_000
     rule = Participation("separated", 40, 10, rounds, separation=3, max_participations=3)
-    mechanism = create(name, rule, delta=1e-6, epsilon=0.0, noise_multiplier=1.0, bands=2 if name == "banded" else 0)
+    options = {"bands": 2} if name == "banded" else {}
+    mechanism = create(name, rule, delta=1e-6, epsilon=0.0, noise_multiplier=1.0, **options)
     noise, rows = mechanism.new_noise(size), np.zeros((rounds, size), np.int64)
     for t in range(rounds):
         noise.add_to(rows[t], 2.0**40, NoiseStream(key=100 + t))
