@@ -188,7 +188,8 @@ class RunLines:
         names = ("perplexity", "bits_per_byte", "log_z_mean", "log_z_std")
         scores = {name: getattr(score, name, None) for name in names}
         further = evaluation_figures(self._config.evaluation, score.metrics) if score and score.metrics else {}
-        return {**diagnostics, **line, **scores, **({"evaluation": {n: json_number(v) for n, v in further.items()}} if further else {})}
+        finite = {name: json_number(value) for name, value in further.items()}
+        return {**diagnostics, **line, **scores, **({"evaluation": finite} if finite else {})}
 
     def announcement(self, line: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
         """Return the progress event of a finished round, whose speed leaves evaluation out."""
