@@ -23,15 +23,15 @@ import re
 import reprlib
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from fedlm.errors import DataError
+from fedlm.errors import DataError, FedlmError
 
 Kind = TypeVar("Kind", bound=type[Any])
 
@@ -42,7 +42,45 @@ _DTYPE = re.compile(r"[<>|][biufc]\d{1,2}")
 _TAG = "name"
 _LONGEST_NAME = 60  # of a key that an error shows whole
 _coded: dict[type[Any], None] = {}  # in the order of marking
-_unions: dict[type[Any], dict[str, type[Any]]] = {}
+_unions: dict[type[Any], Names] = {}
+
+
+class Names(Protocol):
+    """The classes that a field of a union may hold, such as a `fedlm.registry.Registry`."""
+
+    @property
+    def allowed(self) -> str:
+        """What the names are, in words."""
+
+    def reference(self, kind: type[Any]) -> str:
+        """Return the name that is stored for a class."""
+
+    def resolve(self, name: str) -> type[Any]:
+        """Return the class of a name, or raise `FedlmError`."""
+
+
+class _Marked:
+    """The classes below a base that were marked `coded`, told by their `name`."""
+
+    def __init__(self, base: type[Any]) -> None:
+        self._base, self._kinds = base, dict[str, type[Any]]()
+
+    @property
+    def allowed(self) -> str:
+        return f"one of {', '.join(self._kinds)}"
+
+    def reference(self, kind: type[Any]) -> str:
+        return str(getattr(kind, _TAG, ""))
+
+    def resolve(self, name: str) -> type[Any]:
+        if name not in self._kinds:
+            raise DataError(f"unknown {self._base.__name__}")
+        return self._kinds[name]
+
+    def add(self, kind: type[Any]) -> None:
+        tag = self.reference(kind)
+        if (other := self._kinds.setdefault(tag, kind)) is not kind:
+            raise TypeError(f"{kind.__qualname__} and {other.__qualname__} are both {self._base.__name__} {tag!r}")
 
 
 def coded(cls: Kind) -> Kind:
@@ -53,17 +91,24 @@ def coded(cls: Kind) -> Kind:
     if not is_dataclass(cls) or not getattr(cls, "__dataclass_params__").frozen:  # noqa: B009  unknown to mypy
         raise TypeError(f"{cls.__qualname__} must be a frozen dataclass to be coded")
     for base in cls.__mro__[1:]:
-        tag = getattr(cls, _TAG, "")
-        if base in _unions and (other := _unions[base].setdefault(tag, cls)) is not cls:
-            raise TypeError(f"{cls.__qualname__} and {other.__qualname__} are both {base.__name__} {tag!r}")
+        if isinstance(names := _unions.get(base), _Marked):
+            names.add(cls)
     _coded[cls] = None
     return cls
 
 
-def union(base: Kind) -> Kind:
-    """Mark a base class: a field of this type holds any of its subclasses that is marked `coded`, told by `name`."""
-    _unions[base] = {}
-    return base
+def union(names: Names | None = None) -> Callable[[Kind], Kind]:
+    """Mark a base class: a field of this type holds any of its subclasses that is marked `coded`.
+
+    Arguments:
+        names: What a class is called and found by; None: by its `name`, once it is marked.
+    """
+
+    def mark(base: Kind) -> Kind:
+        _unions[base] = _Marked(base) if names is None else names
+        return base
+
+    return mark
 
 
 def coded_classes() -> tuple[type[Any], ...]:
@@ -311,16 +356,23 @@ class _Union(Form):
         self.base = base
 
     def encode(self, value: Any) -> Any:
-        known = _unions[self.base].get(getattr(value, _TAG, ""))
-        cls = _require(type(value), known is type(value), self.base)
-        return {_TAG: cls.name, **form_of(cls).encode(value)}
+        cls = _require(type(value), isinstance(value, self.base) and type(value) in _coded, self.base)
+        return {_TAG: _unions[self.base].reference(cls), **form_of(cls).encode(value)}
 
     def decode(self, plain: Any, place: Place) -> Any:
-        table, kinds = _table(plain, place), _unions[self.base]
-        tag = table.get(_TAG)
-        if type(tag) is not str or tag not in kinds:
-            raise place.field(_TAG).refusal(tag, f"one of {', '.join(kinds)}")
-        return form_of(kinds[tag]).decode({key: item for key, item in table.items() if key != _TAG}, place)
+        table = _table(plain, place)
+        cls = self._kind(table.get(_TAG), place.field(_TAG))
+        return form_of(cls).decode({key: item for key, item in table.items() if key != _TAG}, place)
+
+    def _kind(self, tag: Any, place: Place) -> type[Any]:
+        names, why = _unions[self.base], ""
+        try:
+            kind = names.resolve(tag) if type(tag) is str else None
+            if isinstance(kind, type) and issubclass(kind, self.base) and kind in _coded:
+                return kind
+        except FedlmError as error:
+            why = f" ({error})"
+        raise place.refusal(tag, f"{names.allowed}{why}")
 
 
 def form_of(hint: Any) -> Form:
@@ -374,10 +426,10 @@ def _generic(hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Form:
 
 
 class _OneOf(Form):
-    """Values of one of some types, told apart by the plain data itself."""
+    """Values of one of some types, told apart by the plain data itself; where text is one, infinities are not."""
 
     def __init__(self, forms: Sequence[Form]) -> None:
-        self._forms = forms
+        self._forms = sorted(forms, key=lambda form: isinstance(form, _Float))
 
     def encode(self, value: Any) -> Any:
         for form in self._forms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,3 +57,57 @@ class RoundSpecs:
         moves = spec("moves", strategy.moves(round_number, full), full)
         sends = spec("sends", strategy.sends(round_number, full), moves)
         return cls(moves, sends, spec("changes", strategy.changes(round_number, full), full))
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The specs of all rounds of a run, as far as their sizes go.
+
+    Arguments:
+        full: Every block that the server may change.
+        rounds: Of rounds 1 to T, all with the row set of one of them.
+    """
+
+    full: UpdateSpec
+    rounds: tuple[RoundSpecs, ...]
+
+    @classmethod
+    def of(cls, strategy: Strategy, full: UpdateSpec, num_rounds: int, row_ids: RowIds) -> Schedule:
+        """Return the schedule of a run.
+
+        Raises:
+            ConfigError: As `RoundSpecs.of`.
+        """
+        known: dict[tuple[tuple[str, ...], ...], RoundSpecs] = {}
+        rounds = []
+        for t in range(1, num_rounds + 1):
+            names = strategy.moves(t, full), strategy.sends(t, full), strategy.changes(t, full)
+            if names not in known:
+                known[names] = RoundSpecs.of(strategy, full, t, row_ids)
+            rounds.append(known[names])
+        return cls(full, tuple(rounds))
+
+    @property
+    def most_trained(self) -> UpdateSpec:
+        """What devices train in the round that trains most."""
+        return max((specs.moves for specs in self.rounds), key=lambda spec: spec.size)
+
+    @property
+    def most_sent(self) -> UpdateSpec:
+        """What devices send in the round that sends most."""
+        return max((specs.sends for specs in self.rounds), key=lambda spec: spec.size)
+
+    def mean_bytes_by_kind(self) -> dict[str, float]:
+        """Return what a device sends in a round, in the mean over the rounds, by kind of block."""
+        totals: dict[str, int] = {}
+        for specs in self.rounds:
+            for kind, num_bytes in specs.sends.bytes_by_kind().items():
+                totals[kind] = totals.get(kind, 0) + num_bytes
+        return {kind: total / len(self.rounds) for kind, total in totals.items()}
+
+    def changed_bytes(self, num_rounds: float) -> int:
+        """Return the bytes of the blocks outside the tables that the last so many rounds changed."""
+        names: set[str] = set()
+        for specs in self.rounds[-max(1, math.ceil(num_rounds)) :]:
+            names.update(specs.changes.names)
+        return sum(4 * block.size for block in self.full.blocks if block.kind != "rows" and block.name in names)

@@ -27,11 +27,30 @@ import numpy as np
 
 from fedlm.config.keys import typed_options
 from fedlm.config.schema import StrategyConfig
+from fedlm.errors import ConfigError
 from fedlm.privacy.release import Release
-from fedlm.registry import NoOptions
+from fedlm.registry import STRATEGIES, NoOptions
 from fedlm.trainable.spec import UpdateSpec, Vector
 
 __all__ = ["Release", "ServerOptimizer", "Strategy", "StrategyState", "UpdateSpec", "Vector"]
+
+
+def strategy_of(config: StrategyConfig) -> Strategy:
+    """Return the strategy that a config names.
+
+    Raises:
+        ConfigError: Nothing of that name, or it does not fulfil the contract.
+    """
+    kind = STRATEGIES.resolve(config.kind)
+    try:
+        strategy = kind(config)
+    except TypeError as error:  # another signature, or no `step`
+        raise ConfigError(
+            f"strategy.kind = {config.kind!r} cannot be made from a StrategyConfig ({error}); see fedlm.strategy"
+        ) from error
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(f"strategy.kind = {config.kind!r} is no fedlm.strategy.Strategy; derive it from that class")
+    return strategy
 
 
 @dataclass(frozen=True)

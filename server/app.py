@@ -11,15 +11,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlm.config.load import config_from_toml, config_to_toml
-from fedlm.config.schema import Config, StrategyConfig
+from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment, is_pretrained, starts_from_base
-from fedlm.planning.forecast import round_spec, structure
+from fedlm.planning.forecast import schedule_of, structure
 from fedlm.privacy.allocation import groups_of
 from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.plan import PrivacyPlan
-from fedlm.registry import MECHANISMS, STRATEGIES
-from fedlm.strategy import Strategy
+from fedlm.registry import MECHANISMS
+from fedlm.strategy import strategy_of
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.trainable.rows import sampler_of
@@ -133,7 +133,7 @@ def plan_of(experiment: Experiment, public: PublicMoments | None = None) -> Priv
 def _most_coordinates(experiment: Experiment) -> int:
     """Return an upper bound on what a round's device sends, answers to every query included."""
     config, frequencies = experiment.config, experiment.vocabulary.frequencies
-    spec = round_spec(config, build_trainable(structure(experiment), config).spec, frequencies)
+    spec = schedule_of(config, build_trainable(structure(experiment), config).spec, frequencies).most_sent
     words = frequencies.size if sampler_of(config.trainable.embedding_rows).selects else 0
     metrics = len(config.privacy.metrics) + 1
     return spec.size + words + len(groups_of(spec)) + metrics + 1  # 1: the clip bit
@@ -148,24 +148,6 @@ def _fleet_of(experiment: Experiment, trainable: Trainable) -> Fleet:
             "set fleet.profile = 'uniform' and fleet.memory_mb = 0, or use `fedlm simulate`"
         )
     return EveryDevice()
-
-
-def strategy_of(config: StrategyConfig) -> Strategy:
-    """Return the strategy that a config names.
-
-    Raises:
-        ConfigError: Nothing of that name, or it does not fulfil the contract.
-    """
-    kind = STRATEGIES.resolve(config.kind)
-    try:
-        strategy = kind(config)
-    except TypeError as error:  # another signature, or no `step`
-        raise ConfigError(
-            f"strategy.kind = {config.kind!r} cannot be made from a StrategyConfig ({error}); see fedlm.strategy"
-        ) from error
-    if not isinstance(strategy, Strategy):
-        raise ConfigError(f"strategy.kind = {config.kind!r} is no fedlm.strategy.Strategy; derive it from that class")
-    return strategy
 
 
 def ensure_base(config: Config, listener: Listener) -> None:

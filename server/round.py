@@ -16,7 +16,7 @@ from fedlm.privacy.allocation import groups_of
 from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.randomness import round_key
-from fedlm.round_specs import RoundSpecs
+from fedlm.round_specs import RoundSpecs, Schedule
 from fedlm.strategy import Strategy
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec
@@ -154,8 +154,8 @@ def check_switches(strategy: Strategy, spec: UpdateSpec, plan: PrivacyPlan, *, h
     Raises:
         ConfigError: Noise correlated over the rounds, or allocated to kinds of blocks that change; an audit.
     """
-    no_rows = np.empty(0, np.int64)
-    sent = [RoundSpecs.of(strategy, spec, t, no_rows).sends for t in range(1, plan.rounds + 1)]
+    schedule = Schedule.of(strategy, spec, plan.rounds, np.empty(0, np.int64))
+    sent = [specs.sends for specs in schedule.rounds]
     name, first = type(strategy).__name__, sent[0]
     if has_canaries and any(one.names != spec.names for one in sent):
         raise ConfigError(f"{name} does not send all blocks; an audit's canaries need all blocks in every round")

@@ -16,6 +16,7 @@ from fedlm.config.schema import Config
 from fedlm.errors import Interrupted
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, starts_from_base
+from fedlm.strategy import strategy_of
 from fedlm.training import products
 from fedlm.training.base import base_folder, load_base
 from server import app as server
@@ -53,7 +54,7 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
     listener({"event": "stage", "text": f"opening {config.data.corpus}"})
     experiment = Experiment.open(config)
     plan = server.plan_of(experiment)
-    server.strategy_of(config.strategy)
+    strategy_of(config.strategy)
     fleet = fleet_maker(config.fleet.profile)
     for stamp in run_guarantee(plan, experiment).warnings:
         listener({"event": "note", "text": stamp})

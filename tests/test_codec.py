@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedlm.codec import coded, coded_classes, decode, encode, from_text, join, split, to_text, union
+from fedlm.config.schema import OptionValue
 from fedlm.errors import DataError
+from fedlm.registry import DP_METRICS
 
 PACKAGES = ("fedlm", "clients", "server", "simulations")
 PRECIOUS = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -34,7 +36,7 @@ class Colour(Enum):
     BLUE = "RED"
 
 
-@union
+@union()
 class Shape:
     """A base of classes that are told apart."""
 
@@ -157,10 +159,8 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
     if issubclass(cls, rooms.Mechanism):
         return mechanisms(cls)
     if cls is riders.DPMetrics:
-        names = st.lists(st.sampled_from(list(riders.METRICS)), max_size=3)
-        return names.flatmap(
-            lambda n: made_with(cls, share=shares, names=st.just(tuple(n)), bounds=tuples(positive, len(n)))
-        )
+        names = st.lists(st.sampled_from(DP_METRICS.built_in), max_size=3).map(tuple)
+        return made_with(cls, share=shares, names=names)
     if cls is riders.ClipBit:
         return made_with(cls, share=shares, quantile=st.floats(0.01, 0.99))
     if issubclass(cls, riders.Rider):
@@ -188,7 +188,6 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
         adaptation.PrivacyState: {"clip_norm": st.one_of(positive, st.just(math.inf))},
         adaptation.Adaptation: {
             "allocation": st.sampled_from(allocation.KINDS), "metrics": tuples(st.text(), 2),
-            "metric_bounds": tuples(values_of(float), 2),
         },
     }  # fmt: skip
     return made_with(cls, **special_fields[cls]) if cls in special_fields else None
@@ -204,6 +203,9 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     }  # fmt: skip
     if hint in plain:
         return plain[hint]
+    if hint == OptionValue:
+        finite = st.floats(allow_nan=False, allow_infinity=False)
+        return st.one_of(st.booleans(), st.integers(), finite, st.text(), st.lists(st.text(), max_size=3).map(tuple))
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin is types.UnionType:

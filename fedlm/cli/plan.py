@@ -71,7 +71,7 @@ def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device, max_n
     """Return everything that the verb prints, as plain values."""
     import numpy as np
 
-    from fedlm.planning.forecast import memory_parts, noise_to_signal, payload, round_spec, round_time, structure
+    from fedlm.planning.forecast import memory_parts, noise_to_signal, payload, round_time, schedule_of, structure
     from fedlm.planning.settings import settings
     from fedlm.trainable.build import build_trainable
     from fedlm.training.cost import CostModel
@@ -79,9 +79,9 @@ def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device, max_n
     config, frequencies = experiment.config, experiment.vocabulary.frequencies
     num_tokens = experiment.store.num_tokens[np.unique(experiment.fleet)]  # (U,)
     model = structure(experiment)
-    spec = round_spec(config, build_trainable(model, config).spec, frequencies)
-    cost = CostModel(config, spec, model, frequencies=frequencies)
-    moved = payload(config, spec, frequencies, terms)
+    schedule = schedule_of(config, build_trainable(model, config).spec, frequencies)
+    cost, spec = CostModel(config, schedule.most_trained, model, frequencies=frequencies), schedule.most_sent
+    moved = payload(config, schedule, frequencies, terms)
     new_model = partial(structure, experiment)
     peak_mb = cost.peak_mb(num_tokens)
     grid = settings(config, new_model, frequencies, num_tokens, terms, device, most_noise=max_noise)

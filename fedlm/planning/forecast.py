@@ -17,6 +17,8 @@ from fedlm.experiment import Experiment
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import empty_model
 from fedlm.privacy.terms import PrivacyTerms
+from fedlm.round_specs import Schedule
+from fedlm.strategy import strategy_of
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import UpdateSpec
 from fedlm.training.cost import CostModel
@@ -48,7 +50,7 @@ class Payload:
     """Bytes that a device moves in one round.
 
     Arguments:
-        up: The update, fp32.
+        up: The update, fp32; the mean over the rounds where a strategy sends other blocks in other rounds.
         up_by_kind: The same by kind of block.
         down_first: Down, when the device takes part for the first time, and that in the last round.
         down_again: Down, when it took part `rounds_between` rounds ago.
@@ -81,32 +83,36 @@ def structure(experiment: Experiment) -> LanguageModel:
     return empty_model(experiment.config, experiment.vocabulary.size)
 
 
-def round_spec(config: Config, full: UpdateSpec, frequencies: Floats) -> UpdateSpec:
-    """Return the spec of the first round: all rounds have its size."""
-    return full.with_rows(row_set(config.trainable.embedding_rows, frequencies, seed=config.seed, round_number=1))
+def schedule_of(config: Config, full: UpdateSpec, frequencies: Floats) -> Schedule:
+    """Return what trains and travels in each round, with the row set of the first: all rounds have its size."""
+    rows = row_set(config.trainable.embedding_rows, frequencies, seed=config.seed, round_number=1)
+    return Schedule.of(strategy_of(config.strategy), full, config.rounds, rows)
 
 
-def payload(config: Config, spec: UpdateSpec, frequencies: Floats, terms: PrivacyTerms) -> Payload:
+def payload(config: Config, schedule: Schedule, frequencies: Floats, terms: PrivacyTerms) -> Payload:
     """Return the bytes of a round; what is downloaded is the mean over row sets (`server.payload` counts real ones).
 
     Arguments:
         config: The experiment.
-        spec: Of a round.
+        schedule: Of the run.
         frequencies: Public word frequencies (V,).
         terms: Of the privacy plan: fleet, cohort, rounds.
     """
-    between = terms.fleet_size / terms.cohort
+    between, full = terms.fleet_size / terms.cohort, schedule.full
+    row_ids = schedule.rounds[0].moves.row_ids
 
-    def down(num_rounds: float) -> int:
+    def down(num_rounds: float, fixed_bytes: int) -> int:
         changed = received_probabilities(config.trainable.embedding_rows, frequencies, num_rounds).sum()
-        rows = 4 * (spec.row_size + 1) * changed if spec.row_blocks else 0.0
-        return round(4 * spec.fixed_size + rows + 4 * len(spec.row_ids if spec.row_ids is not None else ()))
+        rows = 4 * (full.row_size + 1) * changed if full.row_blocks else 0.0
+        return round(fixed_bytes + rows + 4 * len(row_ids if row_ids is not None else ()))
 
+    again = min(between, terms.rounds - 1)
+    by_kind = {kind: round(num_bytes) for kind, num_bytes in schedule.mean_bytes_by_kind().items()}
     return Payload(
-        up=spec.num_bytes,
-        up_by_kind=spec.bytes_by_kind(),
-        down_first=down(terms.rounds - 1),
-        down_again=down(min(between, terms.rounds - 1)),
+        up=sum(by_kind.values()),
+        up_by_kind=by_kind,
+        down_first=down(terms.rounds - 1, 4 * full.fixed_size),
+        down_again=down(again, schedule.changed_bytes(again)),
         rounds_between=between,
     )
 

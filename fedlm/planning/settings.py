@@ -18,8 +18,8 @@ from fedlm.planning.forecast import (
     Payload,
     noise_to_signal,
     payload,
-    round_spec,
     round_time,
+    schedule_of,
 )
 from fedlm.privacy.terms import PrivacyTerms
 from fedlm.trainable.build import build_trainable
@@ -88,10 +88,10 @@ def settings(
             model = new_model()
             models[kind] = (model, build_trainable(model, choice).spec)
         model, full = models[kind]
-        spec = round_spec(choice, full, frequencies)
-        cost = CostModel(choice, spec, model, frequencies=frequencies)
-        moved = payload(choice, spec, frequencies, terms)
-        setting = _priced(choice, cost, spec, moved, largest, terms, device)
+        schedule = schedule_of(choice, full, frequencies)
+        cost = CostModel(choice, schedule.most_trained, model, frequencies=frequencies)
+        moved = payload(choice, schedule, frequencies, terms)
+        setting = _priced(choice, cost, schedule.most_sent, moved, largest, terms, device)
         found.append(_judged(replace(setting, asked=choice == config), device, most_noise))
     return sorted(found, key=lambda s: (not s.fits, s.noise_to_signal, s.round_s, s.peak_mb))
 

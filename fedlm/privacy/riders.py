@@ -70,7 +70,7 @@ class Observation:
     facts: Facts
 
 
-@union
+@union()
 @dataclass(frozen=True)
 class Rider(ABC):
     """One query.

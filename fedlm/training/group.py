@@ -217,7 +217,8 @@ class _Program:
         idle = torch.nonzero(counts == 0)[:, 0]  # devices that take no step, as if they were alone
         self._group.descend(local.learning_rate, idle)
         for leaf in [inputs, *leaves] if self._rows.train else ():
-            assert leaf.rows.grad is not None
+            if leaf.rows.grad is None:  # a loss of somebody's own may look at no bias
+                continue
             rate = local.learning_rate if leaf.name == OUTPUT_BIAS else local.row_learning_rate
             if len(idle):
                 leaf.rows.grad.view(len(counts), -1)[idle] = 0

@@ -20,7 +20,6 @@ import numpy.typing as npt
 from fedlm.experiment import Experiment
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.build import Trainable
-from fedlm.trainable.rows import row_set
 from server.turnout import (
     DROPPED_OUT,
     NO_MEMORY,
@@ -53,11 +52,13 @@ def _make_fleet(profile: Profile, experiment: Experiment, trainable: Trainable) 
     config = experiment.config
     if config.fleet.is_unconstrained:
         return EveryDevice()
+    from fedlm.planning.forecast import schedule_of
     from fedlm.training.cost import CostModel
 
-    # No later round's row set is larger than the first, and with one cost a device is eligible always or never.
-    rows = row_set(config.trainable.embedding_rows, experiment.vocabulary.frequencies, seed=config.seed, round_number=1)
-    return VirtualFleet(experiment, profile, CostModel(config, trainable.spec.with_rows(rows), trainable.model))
+    # No later round's row set is larger than the first, and with one cost, the round's that trains most, a device is
+    # eligible always or never.
+    trained = schedule_of(config, trainable.spec, experiment.vocabulary.frequencies).most_trained
+    return VirtualFleet(experiment, profile, CostModel(config, trained, trainable.model))
 
 
 class VirtualFleet:

@@ -14,7 +14,7 @@ import pytest
 
 from fedlm.config.load import load_config
 from fedlm.models.factory import empty_model
-from fedlm.planning.forecast import payload
+from fedlm.planning.forecast import payload, schedule_of
 from fedlm.privacy.accounting import epsilon, noise_multiplier
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.build import build_trainable
@@ -107,10 +107,10 @@ def test_downloads_are_those_that_the_server_counts(sampler: str) -> None:
     sets = [row_set(config.trainable.embedding_rows, frequencies, seed=1, round_number=t) for t in range(1, 13)]
     meter = DownloadMeter(full, fleet_size=1, num_rounds=12)
     for number, ids in enumerate(sets[:-1], start=1):
-        meter.changed(ids, number)
-    counted = int(meter.download(np.array([0]), sets[-1])[0])
+        meter.changed(full.with_rows(ids), number)
+    counted = int(meter.download(np.array([0]), full.with_rows(sets[-1]))[0])
     terms = PrivacyPlan.create(config.privacy, rounds=12, fleet_size=60, cohort=10, seed=1)
-    predicted = payload(config, full.with_rows(sets[-1]), frequencies, terms)
+    predicted = payload(config, schedule_of(config, full, frequencies), frequencies, terms)
     assert predicted.down_first == pytest.approx(counted, rel=0.03)
     assert predicted.down_again <= predicted.down_first
 

@@ -56,7 +56,7 @@ def test_a_mechanism_beside_the_config_decides_noise_and_statement(job: Job) -> 
     assert "a margin of 2.5" in summary["privacy_statement"]
     assert summary["mechanism"] == "margin:Margin"
     plan = json.loads((job.run / "plan.json").read_text())
-    assert plan["mechanism"]["name"] == "margin"
+    assert plan["mechanism"]["name"] == "margin:Margin"
     assert "Gaussian noise with a margin for errors of the accountant" in (job.run / "report.html").read_text()
     more, plain = (job.fedlm("plan", *sets)[1]["noise_multiplier"] for sets in ([KIND, f"{FACTOR}=2.5"], []))
     assert more > 1.5 * plain
@@ -105,5 +105,5 @@ def test_a_run_of_a_plug_in_that_is_gone_can_still_be_read(job: Job) -> None:
     job.verb("report", str(job.run))
     assert "margin:Margin" in (job.run / "report.html").read_text()
     error = job.verb_error("privacy", "compare", "--run", str(job.run))
-    assert "stored mechanism 'margin:Margin' is not one of gaussian" in error
+    assert "mechanism.name = 'margin:Margin' must be one of gaussian" in error
     assert "No module named 'margin'" in error

@@ -113,9 +113,8 @@ def test_a_dp_metric_beside_the_config_leaves_devices_with_noise_and_clip(job: J
     job.simulate(DP_KIND, f"{MOST}={min(counts) / 2}", *EXACT)
     clipped = job.lines("metrics.jsonl")[-1]["dp_metrics"]["distinct"]
     assert clipped == pytest.approx(min(counts) / 2, rel=1e-3)  # every device is beyond it
-    assert (
-        "metrics (distinct_words:Distinct, num_tokens) included" in job.lines("ledger.jsonl")[0]["privacy"]["statement"]
-    )
+    statement = job.lines("ledger.jsonl")[0]["privacy"]["privacy_statement"]
+    assert "metrics (distinct_words:Distinct, num_tokens) included" in statement
     assert "DP metric distinct by round" in (job.run / "report.html").read_text()
 
 

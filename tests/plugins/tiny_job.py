@@ -47,6 +47,7 @@ cohort = 8
 [privacy]
 delta = 1e-3
 reproducible_noise = true
+reproducible_cohorts = true
 [execution]
 grid = "inprocess"
 group_size = 4

@@ -14,21 +14,22 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fedlm.config.schema import PrivacyConfig
+from fedlm.config.schema import OptionValues, PrivacyConfig
 from fedlm.errors import DataError
 from fedlm.privacy import PrivacyPlan
 from fedlm.privacy.cohort_key import CohortKey
-from fedlm.privacy.cohorts import SAMPLERS, sample_cohort
+from fedlm.privacy.cohorts import sample_cohort
 from fedlm.privacy.guarantee import to_dict
 from fedlm.privacy.mechanisms.base import Participation
 from fedlm.privacy.mechanisms.toeplitz import square_root_column
+from fedlm.registry import COHORT_SAMPLERS
 
 DEBUG = {"reproducible_cohorts": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "poisson": {},
     "truncated_poisson": {"sampler": "truncated_poisson", "cap": 90},
     "fixed": {"sampler": "fixed"},
-    "cyclic_poisson": {"mechanism": "banded", "bands": 4},
+    "cyclic_poisson": {"mechanism": "banded", "options": OptionValues({"bands": 4})},
     "separated": {"mechanism": "blt"},
     "skellam": {"mechanism": "skellam"},
 }
@@ -74,7 +75,7 @@ def test_two_plans_of_one_seed_have_different_cohorts_and_none_is_the_seeds(name
     assert cohorts(PrivacyPlan.from_json(guess.to_json(), seed=7, cohort_key=None)) == cohorts(guess)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", COHORT_SAMPLERS.built_in)
 def test_reproducible_cohorts_keep_their_bits(sampler: str) -> None:
     of = Participation(sampler, 600, 30, 200, cap=35, separation=5, max_participations=200)
     key = CohortKey.reproducible(3)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fedlm.codec import coded, union
 from fedlm.config.schema import Config
 from fedlm.privacy.noise import NoiseStream
-from fedlm.registry import COHORT_SAMPLERS, ROW_SAMPLERS, NoOptions
+from fedlm.registry import COHORT_SAMPLERS, MECHANISMS, ROW_SAMPLERS, NoOptions
 from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class RoundNoise(Protocol):
         ...
 
 
-@union
+@union(MECHANISMS)
 class Mechanism(ABC):
     """Correlation, sensitivity and accounting of T releases; subclasses are frozen dataclasses of public numbers.
 
