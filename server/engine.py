@@ -9,21 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from fedlm.codec import to_text
-from fedlm.data.batching import evaluation_users
 from fedlm.experiment import Experiment
 from fedlm.losses.evaluation import Score
-from fedlm.losses.metrics import metrics_of
-from fedlm.messages import EvaluateRequest, PartialSum, TrainRequest
+from fedlm.messages import PartialSum, TrainRequest
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
-from fedlm.randomness import seed_key, stream
 from fedlm.server_step import ServerState, step
 from fedlm.strategy import Strategy, StrategyState
 from fedlm.trainable.spec import UpdateSpec, Vector
@@ -32,6 +28,7 @@ from server.broadcast import Broadcaster
 from server.cohort_key import forget_cohort_key
 from server.device_log import DeviceLog
 from server.dispatch import Dispatcher
+from server.evaluation import Evaluation
 from server.noise_keys import NoiseKeys
 from server.resume import (
     check_unchanged,
@@ -49,7 +46,6 @@ from server.run_guarantee import devices_and_users, privacy_figures, run_guarant
 from server.turnout import Fleet
 
 Listener = Callable[[dict[str, object]], None]
-USERS_PER_EVALUATION = 8
 
 
 class Engine:
@@ -92,7 +88,7 @@ class Engine:
         self._lines = RunLines(self._config, plan, self._rounds, run_guarantee(plan, experiment).warnings)
         self._device_log = DeviceLog(folder.path, enabled=self._config.fleet.device_log)
         self._described_fleet = {**fleet.describe(), **devices_and_users(experiment)}
-        self._eval_requests = self._plan_evaluation()
+        self._evaluation = Evaluation(experiment, self._dispatcher)
         self._diagnostics: dict[str, float | None] = {}
         self._round_number = self._num_released = 0
         self._state_is_whole = True
@@ -108,7 +104,7 @@ class Engine:
         privacy = privacy_figures(self._plan, self._experiment)
         self._folder.ledger(self._lines.start(sent, privacy, self._described_fleet))
         self._checkpoint()
-        self._folder.metric(self._lines.evaluated(None, self._diagnostics, self._evaluate()))
+        self._folder.metric(self._lines.evaluated(None, self._diagnostics, self._score()))
 
     def resume(self) -> None:
         """Go back to the newest state on disk and replay the journal; released rounds are never released again."""
@@ -238,31 +234,13 @@ class Engine:
         if t % self._config.execution.checkpoint_every == 0 and t < self._config.rounds:
             self._checkpoint()
         line = self._lines.evaluated(
-            record["metrics"], self._diagnostics, self._evaluate() if self._is_evaluated(t) else None
+            record["metrics"], self._diagnostics, self._score() if self._evaluation.is_due(t) else None
         )
         self._folder.metric(line)
         self._listener(self._lines.announcement(line, len(opened.turnout.training)))
 
-    def _plan_evaluation(self) -> list[EvaluateRequest]:
-        rng = stream(seed_key(self._config.seed), "evaluation")
-        users = evaluation_users(self._experiment.store, self._config.data.max_eval_tokens, rng)
-        step_size = USERS_PER_EVALUATION
-        return [EvaluateRequest(users[i : i + step_size]) for i in range(0, len(users), step_size)]
-
-    def _evaluate(self) -> Score:
-        """Score the held-out users; parts are added in a fixed order, so the figure does not depend on the workers."""
-        parts: dict[int, Score] = {}
-        order, store = self._broadcaster.evaluation(self._state), self._experiment.store
-        num_sums = sum(metric.size for metric in metrics_of(self._config.evaluation))
-        for index, reply in self._dispatcher.evaluate(order, self._eval_requests, store, num_sums):
-            figures = asdict(reply)
-            del figures["stale"]
-            parts[index] = Score(**figures)
-        return sum((parts[i] for i in range(len(parts))), Score())
-
-    def _is_evaluated(self, t: int) -> bool:
-        every = self._config.execution.eval_every
-        return t in (0, self._config.rounds) or (every > 0 and t % every == 0)
+    def _score(self) -> Score:
+        return self._evaluation.score(self._broadcaster.evaluation(self._state))
 
     def _mend_lines(self, done: int) -> None:
         """Bring metrics and ledger to the last released round, which may have died before it wrote them."""
@@ -274,7 +252,7 @@ class Engine:
         record = self._folder.release_record(done) if done else {"metrics": None, "ledger": []}
         for line in record["ledger"]:
             self._folder.ledger(line)
-        score = self._evaluate() if self._is_evaluated(done) else None
+        score = self._score() if self._evaluation.is_due(done) else None
         self._folder.metric(self._lines.evaluated(record["metrics"], self._diagnostics, score))
 
     def _rewind_keys(self, last_round: int) -> None:

@@ -118,11 +118,11 @@ def payload(config: Config, schedule: Schedule, frequencies: Floats, terms: Priv
 
 
 def noise_to_signal(spec: UpdateSpec, terms: PrivacyTerms) -> dict[str, float]:
-    """Return the noise's expected L2 norm over the largest signal, C: `sqrt(P) z / n`, overall and by kind of block.
+    """Return the noise's expected L2 norm over the largest signal, C, overall and by kind of block.
 
-    Each coordinate's noise has standard deviation z C / n; the mean of n clipped updates is at most C long.
+    The mean of n clipped updates is at most C long; P coordinates of its noise are sqrt(P) as long as one.
     """
-    scale = terms.noise_multiplier / terms.expected_cohort
+    scale = terms.query_std(1.0, 1.0)
     kinds = {kind: scale * math.sqrt(num_bytes / 4) for kind, num_bytes in spec.bytes_by_kind().items()}
     return {"all": scale * math.sqrt(spec.size)} | kinds
 

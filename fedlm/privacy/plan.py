@@ -40,7 +40,6 @@ from fedlm.privacy.noise import MAX_STD
 from fedlm.privacy.ranges import require_count, require_number
 from fedlm.privacy.release import Floats, Release
 from fedlm.privacy.released_once import ReleasedOnce
-from fedlm.privacy.riders import Rider
 from fedlm.privacy.run_noise import KeyStore, RunNoise
 from fedlm.privacy.skellam import Skellam
 from fedlm.privacy.statement import guarantee, parameters
@@ -246,7 +245,7 @@ class PrivacyPlan(PrivacyTerms):
 
     def selected_rows(self, state: PrivacyState) -> npt.NDArray[np.int64]:
         """Return the sorted ids of the embedding rows that DP row selection chose; see `Adaptation.selected_rows`."""
-        std = self._std(1.0, self.adaptation.selection_share) if self.enabled else 0.0
+        std = self.query_std(1.0, self.adaptation.selection_share)
         return self.adaptation.selected_rows(state, answer_std=std)
 
     def sample_cohort(self, round_number: int) -> DeviceIds:
@@ -314,28 +313,6 @@ class PrivacyPlan(PrivacyTerms):
             reports = num_devices * self.expected_cohort / self.cohort
             self._noise.add_to(vector, std, round_number=round_number, clipper=clipper, num_reports=reports)
         return self._means(vector, spec, clipper)
-
-    def noise_std(self, clipper: Clipper, num_reports: float | None = None) -> float:
-        """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled.
-
-        Arguments:
-            clipper: Of the round.
-            num_reports: Devices that reported, of the accounted cohort; None: as many as are expected.
-        """
-        return self._std(clipper.clip_norm, clipper.update_share, num_reports) if self.enabled else 0.0
-
-    def answer_std(self, rider: Rider, num_reports: float | None = None) -> float:
-        """Return the standard deviation of a coordinate of a rider's released answer, in its own units."""
-        return self._std(rider.bound, rider.share, num_reports) if self.enabled else 0.0
-
-    def _std(self, bound: float, share: float, num_reports: float | None = None) -> float:
-        """Return the noise of a mean over the expected cohort, of queries with this bound and share of the clip norm.
-
-        z C / n is the noise of the whole vector's mean; a query that gets the share a of C and is bounded by b is
-        scaled by a C / b before the clip, and back afterwards.
-        """
-        growth = self.mechanism.noise_growth(self.expected_cohort if num_reports is None else num_reports)
-        return self.noise_multiplier * growth / (self.expected_cohort * share) * bound
 
     def _check_sum(self, total: ClippedSum, round_number: int) -> None:
         is_ours = type(total) is ClippedSum and (total.clip_norm < math.inf) == self.enabled

@@ -9,7 +9,9 @@ from typing import Any, cast
 
 from fedlm.codec import coded, to_text
 from fedlm.privacy.adaptation import Adaptation
+from fedlm.privacy.clipper import Clipper
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
+from fedlm.privacy.riders import Rider
 
 
 @coded
@@ -48,6 +50,30 @@ class PrivacyTerms:
     def to_json(self) -> str:
         """Return these numbers as text, to be stored with a run; no infinities and no secret in it."""
         return to_text(self, PrivacyTerms, indent=1)
+
+    def noise_std(self, clipper: Clipper, num_reports: float | None = None) -> float:
+        """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled.
+
+        Arguments:
+            clipper: Of the round.
+            num_reports: Devices that reported, of the accounted cohort; None: as many as are expected.
+        """
+        return self.query_std(clipper.clip_norm, clipper.update_share, num_reports)
+
+    def answer_std(self, rider: Rider, num_reports: float | None = None) -> float:
+        """Return the standard deviation of a coordinate of a rider's released answer, in its own units."""
+        return self.query_std(rider.bound, rider.share, num_reports)
+
+    def query_std(self, bound: float, share: float, num_reports: float | None = None) -> float:
+        """Return the noise of a mean over the expected cohort, of queries with this bound and share of the clip norm.
+
+        z C / n is the noise of the whole vector's mean; a query that gets the share a of C and is bounded by b is
+        scaled by a C / b before the clip, and back afterwards.
+        """
+        if not self.enabled:
+            return 0.0
+        growth = self.mechanism.noise_growth(self.expected_cohort if num_reports is None else num_reports)
+        return self.noise_multiplier * growth / (self.expected_cohort * share) * bound
 
     @property
     def clip_norm(self) -> float:

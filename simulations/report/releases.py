@@ -57,8 +57,8 @@ def noise_norms(record: RunRecord) -> dict[int, float]:
 
 
 def _noise_norm(line: Record, terms: PrivacyTerms, spec: UpdateSpec) -> float:
-    """Return the norm of a round's own draw: z C / (a_0 n) in each coordinate, times its group's scale."""
-    adaptation, cohort = terms.adaptation, terms.expected_cohort
+    """Return the norm of a round's own draw: the noise of a coordinate, times its group's scale."""
+    adaptation = terms.adaptation
     state = adaptation.first_state(spec)
     state = replace(state, clip_norm=number(line, "clip_norm") or state.clip_norm)
     if state.allocation and line.get("scales"):
@@ -66,9 +66,8 @@ def _noise_norm(line: Record, terms: PrivacyTerms, spec: UpdateSpec) -> float:
     clipper = adaptation.clipper(state, spec, line["round"])
     geometry = clipper.geometry or Geometry(((0, spec.size, 0),), (1.0,))
     squares = fsum((stop - start) * geometry.scales[group] ** 2 for start, stop, group in geometry.spans)
-    reports = (number(line, "devices") or 0.0) * cohort / terms.cohort
-    std = terms.noise_multiplier * clipper.clip_norm / (cohort * clipper.update_share)
-    return float(std * sqrt(squares) * terms.mechanism.noise_growth(reports))
+    reports = (number(line, "devices") or 0.0) * terms.expected_cohort / terms.cohort
+    return float(terms.noise_std(clipper, reports) * sqrt(squares))
 
 
 def _signal(record: RunRecord) -> list[Markup]:

@@ -103,10 +103,10 @@ def test_the_noise_follows_a_moving_clip_norm_however_it_is_drawn(options: dict[
         total = clipper.new_sum(spec.size)
         for _ in plan.sample_cohort(t):
             total.add(np.zeros(spec.size, np.float32))
-        released = plan.release(total, t)
+        released = plan.release(total, t, spec)
         norms.append(clipper.clip_norm)
         found.append([block.view(released.mean).std() for block in spec.blocks] + [released.noise_std])
-        state = plan.next_state(state, spec, t, values=np.zeros(spec.size, np.float32), released=released)
+        state = plan.next_state(state, released, clip=clipper, values=np.zeros(spec.size, np.float32))
     assert max(norms) > 1.1 * min(norms)
     in_clip_norms = np.array(found) / np.array(norms)[:, None]  # (T, blocks + 1)
     assert in_clip_norms == pytest.approx(np.tile(in_clip_norms[0], (3, 1)), rel=0.04)
