@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pytest
 from tiny_fedlm import Done
 
-from fedlm.cli import QUIET_ENVIRONMENT, main
+from fedlm.cli import main
 from fedlm.config.load import load_config
 from fedlm.config.schema import Config
+from fedlm.environment import QUIET_ENVIRONMENT
 from fedlm.errors import DataError
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.noise import NoiseStream
