@@ -17,7 +17,7 @@ from fedlm.registry import REGISTRIES, NoOptions, Registry
 _HEAD = """# Configuration
 
 Every key of the TOML file and of `--set KEY=VALUE`: its default, what it accepts, what it means. This page is made by
-`fedlm config show --markdown > docs/configuration.md`; `fedlm config show my.toml` prints the values of a config of yours.
+`fedlm config show --markdown > docs/configuration.md`; `fedlm config show my.toml` prints the values of your config.
 `fedlm simulate` without a file starts from `simulations/recipes/default.toml`, which differs from the defaults below.
 """
 _COLUMNS = ("key", "default", "allowed", "meaning")
