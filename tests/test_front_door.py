@@ -159,3 +159,19 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
         fedlm.audit(fedlm.load_config(None, ["privacy.enabled=false"]), tmp_path / "run")
     with pytest.raises(fedlm.FedlmError, match=r"config file 'missing\.toml' does not exist"):
         fedlm.load_config("missing.toml")
+
+
+def test_sigterm_ends_a_run_from_python_as_it_ends_the_verb(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, fedlm\n"
+        "from fedlm.errors import Interrupted\n"
+        "def listener(event):\n"
+        "    if event['event'] == 'round':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"config = fedlm.load_config(None, {[*TINY, 'rounds=2', f'data.cache_dir={tmp_path}']})\n"
+        "try:\n    fedlm.simulate(config, 'run', listener)\n"
+        "except Interrupted as error:\n    print(error)\n"
+        "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, fedlm.resume('run', lambda event: None).rounds)\n"
+    )
+    done = python("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "interrupted; continue with `fedlm resume run`\nTrue 2\n"), done.stderr
