@@ -19,8 +19,8 @@ from fedlm.plugins import refuse_shadows, search_in
 if TYPE_CHECKING:
     from fedlm.config.schema import Config
     from fedlm.finetuning.run import FinetuneSummary
-    from fedlm.planning.experiment import Forecast
     from fedlm.planning.forecast import Device
+    from fedlm.planning.run_forecast import Forecast
     from fedlm.privacy.audit import AuditReport
     from simulations.summary import RunSummary
 
@@ -124,8 +124,8 @@ def plan(config: Config, device: Device | None = None, *, max_noise: float | Non
     """
     _prepare()
     from fedlm.experiment import Experiment
-    from fedlm.planning.experiment import forecast
     from fedlm.planning.forecast import Device
+    from fedlm.planning.run_forecast import forecast
     from fedlm.planning.settings import MOST_NOISE
     from server.app import plan_of
     from server.run_guarantee import run_guarantee
