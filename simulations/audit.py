@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedlm.codec import from_text
 from fedlm.config.load import config_from_toml
 from fedlm.config.schema import Config
+from fedlm.config.validate import validate
 from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.privacy.audit import AuditReport, Products, TextReport, View, products, scores, strengths
@@ -33,6 +34,7 @@ from simulations.report import write_report
 from simulations.run import resume, simulate
 
 AUDIT = "audit.json"
+DEFAULT_CANARIES, DEFAULT_TEXT_CANARIES = 200, 20
 CROWDED = 10
 """Least coordinates for each canary: with fewer, their directions overlap so much that they hide each other."""
 
@@ -53,6 +55,20 @@ def audit(config: Config, out: Path | None, listener: Listener) -> AuditReport:
     """
     _check(config)
     return analyse(Path(simulate(config, out, listener).run_dir))
+
+
+def with_canaries(config: Config) -> Config:
+    """Return the config with canaries of both kinds if it asks for none.
+
+    Raises:
+        ConfigError: This config cannot have them.
+    """
+    if config.audit.canaries or config.audit.text_canaries:
+        return config
+    canaries = replace(config.audit, canaries=DEFAULT_CANARIES, text_canaries=DEFAULT_TEXT_CANARIES)
+    config = replace(config, audit=canaries)
+    validate(config)
+    return config
 
 
 def audit_run(run: Path, listener: Listener) -> AuditReport:

@@ -1,4 +1,4 @@
-"""The command line: `main` and its exit codes. Only this part of fedlm may import the other three packages.
+"""The command line: `main` and its exit codes. Beside `fedlm.api` only it may import the other packages.
 
 A verb imports what it needs when it runs, so `fedlm --help` costs no torch, flwr or ray. Standard output has
 the result alone, with `--json` one object in which NaN and infinities are null; the rest is standard error's.
@@ -17,19 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlm.environment import set_quiet_environment
 from fedlm.errors import FedlmError
 from fedlm.plugins import refuse_shadows, search_in
-
-QUIET_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    # Without it Flower installs the app's dependencies from the network at every run.
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-}
-"""Set before any of the libraries is imported, unless the user has set them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    for name, value in QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_quiet_environment()
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         refuse_shadows()

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from fedlm.config import Config
     from fedlm.privacy.audit import AuditReport, TextReport
 
-DEFAULT_CANARIES, DEFAULT_TEXT_CANARIES = 200, 20
-
 NumCanaries = Annotated[
     int | None, typer.Option("--canaries", min=0, metavar="K", help="Devices that contribute a known direction.")
 ]
@@ -62,9 +60,10 @@ def audit(
 
 def _with_canaries(path: Path | None, overrides: list[str], gradient: int | None, text: int | None) -> Config:
     """Return the config with the canaries that the options ask for; with some if nobody asked for any."""
-    settings = read_config(path, overrides)
-    if gradient is None and text is None and not (settings.audit.canaries or settings.audit.text_canaries):
-        gradient, text = DEFAULT_CANARIES, DEFAULT_TEXT_CANARIES
+    if gradient is None and text is None:
+        from simulations.audit import with_canaries
+
+        return with_canaries(read_config(path, overrides))
     asked = {"audit.canaries": gradient, "audit.text_canaries": text}
     return read_config(path, [*overrides, *(f"{key}={count}" for key, count in asked.items() if count is not None)])
 

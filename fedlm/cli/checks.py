@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fedlm.cli import QUIET_ENVIRONMENT
 from fedlm.cli.distribution import requirements
+from fedlm.environment import QUIET_ENVIRONMENT
 
 _LEAST_MEMORY_MB = 2_000
 _LEAST_DISK_MB = 2_000

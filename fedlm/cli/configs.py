@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from fedlm.cli.options import ConfigFile, Json, Overrides, read_config
@@ -12,11 +14,23 @@ app = typer.Typer(help="Explain and check configs.")
 
 
 @app.command()
-def show(config: ConfigFile = None, overrides: Overrides = None, json: Json = False) -> None:
+def show(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    json: Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/configuration.md: every key there is, without values.")
+    ] = False,
+) -> None:
     """List every key: value, default, range, help.
 
     CONFIG is a TOML file; left out: the embedded default job.
     """
+    if markdown:
+        from fedlm.config.page import configuration_page
+
+        print(configuration_page(), end="")
+        return
     settings = read_config(config, overrides)
     rows = describe(settings)
     if json:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,16 +13,7 @@ from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.privacy import Positive
 from fedlm.rounding import rounded_up, stamped
 
-if TYPE_CHECKING:
-    from fedlm.experiment import Experiment
-    from fedlm.planning.forecast import Device
-    from fedlm.privacy.terms import PrivacyTerms
-
 _SHOWN_SETTINGS = 24
-_OF_PLAIN_SGD = (
-    "memory, time and the settings that fit are of plain SGD; local.example_dp also holds the gradients of single "
-    "examples, so devices need more"
-)
 
 
 def plan(
@@ -51,55 +41,18 @@ def plan(
     if epsilon is not None:
         words += ["privacy.enabled=true", f"privacy.epsilon={epsilon}", "privacy.noise_multiplier=0"]
     settings = read_config(config, words)
-    from fedlm.experiment import Experiment
+    from fedlm import api
     from fedlm.planning.forecast import Device
     from fedlm.privacy.guarantee import to_dict
-    from server.app import plan_of
-    from server.run_guarantee import run_guarantee
 
-    experiment = Experiment.open(settings)
     device = Device(ram or math.inf, bandwidth, gflops, deadline or math.inf)
-    terms = plan_of(experiment)
-    found = _forecast(experiment, terms, device, max_noise) | to_dict(run_guarantee(terms, experiment))
+    forecast = api.plan(settings, device, max_noise=max_noise)
+    found = asdict(forecast) | to_dict(forecast.guarantee)
+    del found["guarantee"]  # its fields stand beside the others, as in every verb
     if json:
         print_json(found)
     else:
         _show(found)
-
-
-def _forecast(experiment: Experiment, terms: PrivacyTerms, device: Device, max_noise: float) -> dict[str, Any]:
-    """Return everything that the verb prints, as plain values."""
-    import numpy as np
-
-    from fedlm.planning.forecast import memory_parts, noise_to_signal, payload, round_time, schedule_of, structure
-    from fedlm.planning.settings import settings
-    from fedlm.trainable.build import build_trainable
-    from fedlm.training.cost import CostModel
-
-    config, frequencies = experiment.config, experiment.vocabulary.frequencies
-    num_tokens = experiment.store.num_tokens[np.unique(experiment.fleet)]  # (U,)
-    model = structure(experiment)
-    schedule = schedule_of(config, build_trainable(model, config).spec, frequencies)
-    cost, spec = CostModel(config, schedule.most_trained, model, frequencies=frequencies), schedule.most_sent
-    moved = payload(config, schedule, frequencies, terms)
-    new_model = partial(structure, experiment)
-    peak_mb = cost.peak_mb(num_tokens)
-    grid = settings(config, new_model, frequencies, num_tokens, terms, device, most_noise=max_noise)
-    return {
-        "coordinates": spec.size,
-        "payload": asdict(moved),
-        "memory_mb": memory_parts(cost, config, num_tokens),
-        "users_within_ram": float((peak_mb <= device.ram_mb).mean()),
-        "noise_to_signal": noise_to_signal(spec, terms),
-        "noise_multiplier": terms.noise_multiplier,
-        "clip_norm": terms.clip_norm,
-        "expected_cohort": terms.expected_cohort,
-        "time": asdict(round_time(cost, device, moved, int(np.median(num_tokens)), terms)),
-        "device": asdict(device),
-        "max_noise_to_signal": max_noise,
-        "notes": [_OF_PLAIN_SGD] if config.local.example_dp.enabled else [],
-        "settings": [asdict(setting) for setting in grid],
-    }
 
 
 def _spent(found: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -43,18 +44,33 @@ def progress(*, quiet: bool, json: bool) -> Iterator[Listener]:
         json: Somebody parses the output: only warnings are shown unless standard error is a terminal.
     """
     with _noted_interrupts() as noted, _shown(quiet=quiet, json=json) as show:
+        yield _raising(show, noted)
 
-        def listener(event: dict[str, object]) -> None:
-            show(event)
-            if noted and event["event"] in ("round", "finetune"):
-                raise KeyboardInterrupt
 
-        yield listener
+@contextmanager
+def interruptible(listener: Listener) -> Iterator[Listener]:
+    """Give a listener that passes events on; meanwhile interrupts are those of `progress`."""
+    with _noted_interrupts() as noted:
+        yield _raising(listener, noted)
+
+
+def _raising(listener: Listener, noted: list[int]) -> Listener:
+    """Return the listener of a verb that an interrupt ends at the end of the round or step at the latest."""
+
+    def listen(event: dict[str, object]) -> None:
+        listener(event)
+        if noted and event["event"] in ("round", "finetune"):
+            raise KeyboardInterrupt
+
+    return listen
 
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt, and note that one came; both are as before afterwards."""
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, and note that one came; both are as before afterwards.
+
+    Python delivers signals to its main thread alone; in another one nothing changes.
+    """
     noted: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
@@ -62,7 +78,8 @@ def _noted_interrupts() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in _DEFAULT_HANDLERS}
-    ours = [number for number, default in _DEFAULT_HANDLERS.items() if before[number] is default]  # else somebody's
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [n for n, default in _DEFAULT_HANDLERS.items() if is_main and before[n] is default]  # else somebody's
     for number in ours:
         signal.signal(number, interrupt)
     try:

@@ -13,6 +13,7 @@ fedlm.errors.ConfigError: unknown key 'trainable.lora.rnak'; did you mean 'train
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from fedlm.errors import ConfigError
 from fedlm.plugins import search_in
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:
     """Return the config of a TOML file with overrides on top; plug-ins beside the file are found from now on.
 
     Arguments:
@@ -40,8 +41,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: The file cannot be read or is no TOML, an unknown key, a value that is not allowed, or a
             combination that cannot work (`fedlm.config.validate`).
     """
-    search_in([Path() if path is None else path.parent, Path()])
-    values = {} if path is None else dict(flatten(_parse(_read(path), str(path))))
+    file = None if path is None else Path(path)
+    search_in([Path() if file is None else file.parent, Path()])
+    values = {} if file is None else dict(flatten(_parse(_read(file), str(file))))
     for override in overrides:
         values.update(_parse_override(override))
     return _checked(values)

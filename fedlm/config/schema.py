@@ -194,7 +194,7 @@ class ExampleDpConfig:
         0.0, "target that the noise is calibrated to, or with noise_multiplier the budget; 0: neither", low=0
     )
     noise_multiplier: float = option(0.0, "noise std in units of clip_norm; 0: calibrated", low=0)
-    delta: float = option(1e-5, "", above=0, high=0.1)
+    delta: float = option(1e-5, "of the guarantee; below one over the number of examples", above=0, high=0.1)
     clip_norm: float = option(0.1, "L2 bound on an example's gradient", above=0)
     clipping: str = option(
         "flat",
@@ -256,7 +256,7 @@ class PrivacyConfig:
     noise_multiplier: float = option(
         0.0, "noise std in units of clip_norm; 0: calibrated. Refused if its rounds cost more than epsilon", low=0
     )
-    delta: float = option(1e-6, "", above=0, high=0.1)
+    delta: float = option(1e-6, "of the guarantee; below one over the accounted population", above=0, high=0.1)
     mechanism: str = option(
         "gaussian",
         "how the noise of rounds is correlated: gaussian (not at all), blt, banded, tree; local: every device's own; "
@@ -382,7 +382,7 @@ class FinetuneConfig:
     batch_size: int = option(256, "expected examples of a step (Poisson sampling)", low=1)
     physical_batch_size: int = option(32, "examples in memory at a time", low=1)
     optimizer: str = option("adam", "of the noised gradients", choices=("adam", "sgd"))
-    learning_rate: float = option(1e-3, "", above=0)
+    learning_rate: float = option(1e-3, "of the optimizer, while what is named in [trainable] trains", above=0)
     full_learning_rate: float = option(0.0, "of full_epochs; 0: learning_rate", low=0)
     max_test_examples: int = option(2_000, "held-out examples scored", low=1)
     samples: int = option(0, "language_model with two columns: generated texts, for BLEU", low=0)

@@ -230,9 +230,7 @@ class Adaptation:
             return ()
         return (DPMetrics.of(self.metrics, OptionValues(dict(self.metric_options))),)
 
-    def _allocate(
-        self, state: AllocationState, release: Release, clipper: Clipper, values: Vector
-    ) -> AllocationState:
+    def _allocate(self, state: AllocationState, release: Release, clipper: Clipper, values: Vector) -> AllocationState:
         assert clipper.geometry is not None, "an allocation always has a geometry"
         noise = np.asarray(clipper.geometry.scales) * np.asarray(clipper.geometry.noise or 1.0)
         nothing = np.zeros(len(state.scales))
@@ -246,4 +244,3 @@ class Adaptation:
             shares=release.answers.get(GroupShares.name, nothing),
             adapts_scales=self.allocation == "adaptive",
         )
-

@@ -268,8 +268,6 @@ class DPMetrics(Rider):
         return {DP_METRICS.short_name(name): float(ratio * metric.bound) for name, metric, ratio in found}
 
 
-
-
 def answer_units(rider: Rider, seen: Observation, clip_norm: float) -> Floats:
     """Return a device's answer (size,) in units of the summed vector: L2 norm at most share * clip_norm.
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedlm.cli import QUIET_ENVIRONMENT, main
+from fedlm.cli import main
 from fedlm.cli.runs import _print_summary
 from fedlm.config import config_hash, load_config
 from fedlm.config.keys import keys
+from fedlm.environment import QUIET_ENVIRONMENT
 from simulations.summary import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +193,8 @@ def test_light_verbs_import_nothing_heavy(words: list[str], config: str) -> None
 
 def test_quiet_variables_are_set_unless_the_user_has() -> None:
     code = (
-        "import json, os\nfrom fedlm.cli import QUIET_ENVIRONMENT, main\nmain(['--version'])\n"
+        "import json, os\nfrom fedlm.cli import main\nfrom fedlm.environment import QUIET_ENVIRONMENT\n"
+        "main(['--version'])\n"
         "print(json.dumps({name: os.environ[name] for name in QUIET_ENVIRONMENT}))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in QUIET_ENVIRONMENT}

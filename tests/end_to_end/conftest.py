@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_fedlm import TINY, Done, Fedlm, command, environment
 
-from fedlm.cli import QUIET_ENVIRONMENT, main
+from fedlm.cli import main
+from fedlm.environment import QUIET_ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pytest
 from tiny_fedlm import Done
 
-from fedlm.cli import QUIET_ENVIRONMENT, main
+from fedlm.cli import main
 from fedlm.config.load import load_config
 from fedlm.config.schema import Config
+from fedlm.environment import QUIET_ENVIRONMENT
 from fedlm.errors import DataError
 from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.noise import NoiseStream
@@ -178,9 +179,7 @@ def test_half_the_noise_raises_the_alarm(audit: Audit, monkeypatch: pytest.Monke
     assert report["alarms"]
 
 
-def test_a_server_that_bypasses_the_noise_is_caught_by_the_model(
-    audit: Audit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_bypasses_the_noise_is_caught_by_the_model(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
     release = PrivacyPlan.release
 
     def leaking(plan: PrivacyPlan, total: ClippedSum, *rest: Any) -> Release:

@@ -70,3 +70,15 @@ def test_biases_are_fine_tuned_with_example_level_privacy(tmp_path: Path) -> Non
     assert max(losses) < 6  # log 500 is 6.2
     assert statement.startswith("Example-level differential privacy with epsilon 8 at delta 1e-05")
     assert "NOT PRIVATE" not in statement
+
+
+def test_rounds_out_of_plain_parts_have_the_bits_of_the_engine(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "one_round" / "one_round.py"), f"data.cache_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stdout) == (0, "8,924 coordinates, 0 of them differ\n"), done.stderr

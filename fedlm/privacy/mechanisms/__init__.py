@@ -47,5 +47,3 @@ def create(
     request = Request(delta, epsilon, noise_multiplier, typed, most_apart, size)
     made: Mechanism = kind.planned(participation, request)
     return made
-
-

@@ -80,9 +80,7 @@ class StrategyRun:
         full = _full_spec(setting.size)
         first = self._plan.first_state(full.with_rows(_public_rows(setting.size)))
         values = stream(seed_key(setting.seed), "values").standard_normal(full.size, np.float32)  # (P_full,)
-        self._state = ServerState(
-            self._strategy.init(full, values), _seasoned(first, self._plan.adaptation.allocation)
-        )
+        self._state = ServerState(self._strategy.init(full, values), _seasoned(first, self._plan.adaptation.allocation))
 
     @cached_property
     def claim(self) -> Claim:
@@ -116,9 +114,7 @@ class StrategyRun:
         Raises:
             ConfigError: Devices send less than all blocks, of which the kit's updates consist.
         """
-        specs = RoundSpecs.of(
-            self._strategy, _full_spec(self._setting.size), round_number, self._row_ids(round_number)
-        )
+        specs = RoundSpecs.of(self._strategy, _full_spec(self._setting.size), round_number, self._row_ids(round_number))
         if specs.sends.size != self._setting.size:
             raise ConfigError(
                 f"{type(self._strategy).__name__}.sends leaves out blocks in round {round_number}; the kit examines "
