@@ -51,7 +51,7 @@ def test_a_strategy_of_ones_own_is_examined() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.endswith(": holds") for line in lines if line.startswith("Honest")] == [True] * 8
-    assert [line for line in lines if line.startswith("Curious: post-processing: 'slot momentum' after round 1")]
+    assert [line for line in lines if line.startswith("Forgetful: post-processing: 'values' after round 2 (restarted")]
 
 
 def test_biases_are_fine_tuned_with_example_level_privacy(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tiny_job import CONFIG, Job
 
 from fedlm import plugins, registry
-from fedlm.cli import QUIET_ENVIRONMENT
+from fedlm.environment import QUIET_ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Check 7: what follows a release is a function of releases and public data.
 
 Post-processing is free only if it sees nothing else. A run is recorded, then replayed with the same releases over other
-devices: model, optimiser arrays, diagnostics, clip norm, rows and cohorts must have the same bits.
+devices: model, optimiser arrays, diagnostics, clip norm, rows and cohorts must have the same bits. The same is asked of
+a run that is restarted from its checkpoint: what is remembered anywhere else is lost there, and nobody vouches for it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ def post_processing(make: Make) -> None:
         make: Makes the runs under examination.
 
     Raises:
-        PrivacyTestFailure: Something depends on the raw data; it is named, with its round.
+        PrivacyTestFailure: Something depends on the raw data, or on what no checkpoint holds; it is named, with its
+            round.
 
     Guarantee:
         No false alarms. Found is whatever differs between the recorded cohort and one that is absent, that agrees on
         a huge update, that drops out, or that sends NaN, in any of four rounds.
     """
     recorded = _record(make, SETTING)
+    _resume(make(SETTING), SETTING, recorded)
     for crowd in CROWDS:
         _replay(make(SETTING), SETTING, crowd, recorded)
 
@@ -58,10 +61,19 @@ def _replay(subject: Subject, setting: Setting, crowd: str, recorded: list[tuple
                 f"post-processing: after equal releases, {crowd} changes the noise's std of round {t} from "
                 f"{np.max(wanted.std):.6g} to {np.max(found.std):.6g}"
             )
-        _same_state(wanted, found, f"round {t} ({crowd})")
+        _same_state(wanted, found, f"round {t} ({crowd})", "it has seen raw data")
 
 
-def _same_state(wanted: Outcome, found: Outcome, where: str) -> None:
+def _resume(subject: Subject, setting: Setting, recorded: list[tuple[Outcome, bytes]]) -> None:
+    """Restart the run after each round and go on with the releases and devices of the recorded one."""
+    for t, (wanted, _) in enumerate(recorded, start=1):
+        cohort = subject.sample_cohort(t)
+        found = ask_replay(subject, t, CROWDS["an ordinary cohort"](setting, cohort, t), wanted)
+        _same_state(wanted, found, f"round {t} (restarted after each round)", "no checkpoint holds what it follows")
+        subject = subject.restarted()
+
+
+def _same_state(wanted: Outcome, found: Outcome, where: str, reason: str) -> None:
     for name in sorted(wanted.state.keys() | found.state.keys()):
         one, other = wanted.state.get(name), found.state.get(name)
         if one is None or other is None:
@@ -70,5 +82,5 @@ def _same_state(wanted: Outcome, found: Outcome, where: str) -> None:
             changed = int(np.sum(one != other)) if one.shape == other.shape else max(one.size, other.size)
             raise PrivacyTestFailure(
                 f"post-processing: {name!r} after {where} differs in {changed:,} of {one.size:,} numbers though all "
-                "releases are equal; it has seen raw data"
+                f"releases are equal; {reason}"
             )

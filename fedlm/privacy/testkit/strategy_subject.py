@@ -153,13 +153,15 @@ class StrategyRun:
         return self._plan.release(total, round_number, spec)
 
     def _sum(self, clipper: Clipper, updates: Mapping[int, Vector]) -> ClippedSum:
-        """Return the cohort's sum, of a sum for each device as nodes send them."""
+        """Return the cohort's sum."""
         total = clipper.new_sum(self._setting.size)
         for update in updates.values():
-            one = clipper.new_sum(self._setting.size)
-            one.add(update, self._facts(clipper, update))
-            total.add_arrays(*one.to_arrays())
+            self._add(total, update)
         return total
+
+    def _add(self, total: ClippedSum, update: Vector) -> None:
+        """Add one device's update and its answers to the riders."""
+        total.add(update, self._facts(total.clipper, update))
 
     def _facts(self, clipper: Clipper, update: Vector) -> Facts:
         asked = any(isinstance(rider, DPMetrics | WordMap) for rider in clipper.riders)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from fedlm.privacy.clipping import ClippedSum
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.privacy.riders import Facts, Rider
 from fedlm.privacy.testkit import Claim, StrategyRun
-from fedlm.trainable.spec import UpdateSpec, Vector
+from fedlm.trainable.spec import RowIds, Vector
 
 SELECTION_ROUNDS = 2
 SELECTION = RowsConfig(options=OptionValues({"selection_rounds": SELECTION_ROUNDS}))
@@ -29,16 +28,16 @@ class OwnAnswers(StrategyRun):
     def answer(self, rider: Rider, facts: Facts) -> Any:
         raise NotImplementedError
 
-    def _contributions(self, clipper: Clipper, updates: Mapping[int, Vector]) -> Iterable[ClippedSum]:
-        sums = iter(super()._contributions(clipper, updates))
-        yield next(sums)
-        for total, update in zip(sums, updates.values(), strict=True):
-            place = total.size
-            for rider in clipper.riders if np.isfinite(update).all() else ():
-                answer = self.answer(rider, self._facts(clipper, update)) * (rider.share / rider.bound * 2.0**40)
-                total._live()[place : place + rider.size] = np.clip(answer, -(2**50), 2**50)
-                place += rider.size
-            yield total
+    def _add(self, total: ClippedSum, update: Vector) -> None:
+        before, place = total._live()[total.size :].copy(), total.size
+        super()._add(total, update)
+        if not np.isfinite(update).all():
+            return
+        total._live()[place:] = before
+        for rider in total.clipper.riders:
+            answer = self.answer(rider, self._facts(total.clipper, update)) * (rider.share / rider.bound * 2.0**40)
+            total._live()[place : place + rider.size] += np.clip(answer, -(2**50), 2**50).astype(np.int64)
+            place += rider.size
 
 
 @run_mutant("a DP metric without clip", "clip bound", PrivacyConfig(metrics=("train_loss",)))
@@ -60,20 +59,20 @@ class _RawSelection(StrategyRun):
         self.raw_words = found.words if clipper.riders else self.raw_words
         return found
 
-    def _spec(self, round_number: int) -> UpdateSpec:
-        spec = super()._spec(round_number)
-        if round_number <= SELECTION_ROUNDS or spec.full is None or not hasattr(self, "raw_words"):
-            return spec
-        rest = np.setdiff1d(spec.row_ids, self.raw_words)
-        return spec.full.with_rows(np.sort(np.append(np.unique(self.raw_words), rest)[: len(spec.row_ids)]))
+    def _row_ids(self, round_number: int) -> RowIds:
+        rows = super()._row_ids(round_number)
+        if round_number <= SELECTION_ROUNDS or not hasattr(self, "raw_words"):
+            return rows
+        rest = np.setdiff1d(rows, self.raw_words)
+        return np.sort(np.append(np.unique(self.raw_words), rest)[: len(rows)])
 
 
 @run_mutant("answers of riders added after the noise", "dense support", PrivacyConfig(clip_quantile=0.5))
 class _LateAnswers(StrategyRun):
-    def _release(self, total: Any, round_number: int) -> Any:
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
         rider, answer = total.clipper.riders[0], total.to_arrays()[0][total.size :].astype(np.float64)
         exact = {rider.name: answer * (rider.bound / rider.share / 2.0**40 / self._setting.cohort)}
-        return replace(super()._release(total, round_number), answers=exact)
+        return replace(super()._release(total, round_number, spec), answers=exact)
 
 
 @run_mutant("published allocation accounted at its nominal noise", "clip bound", PrivacyConfig(allocation="published"))
@@ -120,8 +119,8 @@ class _OneNoise(StrategyRun):
 
 @run_mutant("a plan whose noise stays at the first clip norm", "noise law", PrivacyConfig(clip_quantile=0.5))
 class _FirstNorm(StrategyRun):
-    def _release(self, total: Any, round_number: int) -> Any:
+    def _release(self, total: Any, round_number: int, spec: Any) -> Any:
         growth, size = self._setting.clip_norm / total.clipper.clip_norm, total.size
         clean = total.to_arrays()[0][:size] * (total.clipper.unit / total.clipper.update_share / self._setting.cohort)
-        released = super()._release(total, round_number)
+        released = super()._release(total, round_number, spec)
         return replace(released, mean=(clean + growth * (released.mean - clean)).astype(np.float32))

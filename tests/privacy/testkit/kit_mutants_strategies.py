@@ -58,7 +58,7 @@ MUTANTS["a strategy that tells the raw sum"] = (StrategySubject(_Tells, run=_Pee
 MUTANTS["a strategy that counts the reports"] = (StrategySubject(_Counts, run=_Peeking), "post-processing")
 
 
-@strategy_mutant("a strategy that counts its rounds on the object", "fresh noise")
+@strategy_mutant("a strategy that counts its rounds on the object", "post-processing")
 class _Remembers(Averaging):
     rounds = 0
 
