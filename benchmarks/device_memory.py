@@ -1,4 +1,4 @@
-"""Does `fedlm.training.cost` predict the peak memory of a real device process?
+"""Does `fedlm.planning.device_cost` predict the peak memory of a real device process?
 
 Every case runs in a fresh process that does what a device does: it maps the base from its file, applies the rows of an
 earlier round, trains, clips its update into a sum (`benchmarks.device_step`, whose allocator settings it shares). The
@@ -34,11 +34,11 @@ from fedlm.data.vocabulary import load_vocabulary
 from fedlm.experiment import Experiment
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights
+from fedlm.planning.device_cost import LIBRARIES_MB, CostModel, Floats
+from fedlm.pretraining.cache import WEIGHTS, load_base, save_base
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set
-from fedlm.training.base import WEIGHTS, load_base, save_base
-from fedlm.training.cost import LIBRARIES_MB, CostModel, Floats
 
 _ROOT = Path(__file__).resolve().parents[1]
 _D256 = ("model.d_model=256", "model.num_layers=4")

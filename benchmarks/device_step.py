@@ -39,12 +39,12 @@ from fedlm.experiment import Experiment
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights
-from fedlm.privacy.clipper import Clipper
+from fedlm.pretraining.cache import WEIGHTS, load_base, save_base
+from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.randomness import round_key, stream
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import UpdateSpec
-from fedlm.training.base import WEIGHTS, load_base, save_base
 from fedlm.training.local import LocalTrainer
 
 BATCH, LENGTH = 16, 32

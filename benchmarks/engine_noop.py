@@ -32,13 +32,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.measure import machine, status_mb
-from clients.partial_sum import KeptSum
+from clients.node_sum import KeptSum
 from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipper import Clipper
-from server.dispatch import Dispatcher
-from server.exchange import Order
+from fedlm.privacy.clipping.clip_spec import Clipper
+from server.transport.dispatch import Dispatcher
+from server.transport.exchange import Order
 from simulations.grids.ray_grid import RayGrid
 
 SIDES = ("stock", "streamed", "summed")

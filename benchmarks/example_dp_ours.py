@@ -21,8 +21,8 @@ from fedlm.data.batching import Batch
 from fedlm.example_dp.clip_rule import SLACK, ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.example_dp.language import LanguageTask
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.tables.phantom import TrainedTables
-from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Task
 from fedlm.models.pretrained import PretrainedModel
 from fedlm.trainable.build import INPUT_TABLE, Trainable, build_trainable

@@ -33,13 +33,13 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
 from fedlm.models.factory import build_model
-from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.randomness import round_key
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.parts import dense
 from fedlm.trainable.rows import row_set
-from fedlm.training import products
-from fedlm.training.group import GroupTrainer, why_not_grouped
+from fedlm.training import matmul_backend
+from fedlm.training.grouped.trainer import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
 from simulations.grids.ray_session import WORKER_ENVIRONMENT
 
@@ -96,7 +96,7 @@ class Worker:
         self.spec = trainable.spec.with_rows(rows)
         self._clipper = Clipper(config.privacy.clip_norm)
         route = config.execution.products
-        products.use(products.choose() if route == "auto" else route)
+        matmul_backend.use(matmul_backend.choose() if route == "auto" else route)
         self.local = LocalTrainer(trainable, config, frequencies)
         self.local.start_round(self.spec, blocks)
         is_grouped = not why_not_grouped(trainable, config)

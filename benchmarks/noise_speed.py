@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.measure import machine, reset_peak, status_mb
 from fedlm.privacy.mechanisms import Mechanism, Participation, create
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
-from fedlm.privacy.noise import NoiseStream, reproducible_key
+from fedlm.privacy.noise.lattice import NoiseStream, reproducible_key
 
 ROUNDS, SEPARATION = 2_000, 400
 STD = 2.0**40

@@ -17,8 +17,8 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.models.factory import empty_model
 from fedlm.models.weights import set_weights
+from fedlm.pretraining.cache import load_base
 from fedlm.trainable.build import build_trainable
-from fedlm.training.base import load_base
 
 CHEAP = ["loss.kind='nce'", "loss.negatives=512", "trainable.lora.rank=8", "trainable.embedding_rows.count=10_000"]
 

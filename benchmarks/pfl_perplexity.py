@@ -32,9 +32,9 @@ from fedlm.config.schema import Config
 from fedlm.data.batching import evaluation_users, sequences
 from fedlm.data.store import TokenStore
 from fedlm.experiment import Experiment
+from fedlm.pretraining.cache import has_base, load_base
+from fedlm.pretraining.train import pretrain
 from fedlm.randomness import seed_key, stream
-from fedlm.training.base import has_base, load_base
-from fedlm.training.pretrain import pretrain
 
 CELL = "d256-100k"
 PADDING = -100  # torch's cross-entropy leaves such targets out

@@ -14,9 +14,9 @@ from fedlm.experiment import Experiment
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model
 from fedlm.models.weights import weights
+from fedlm.pretraining.cache import save_base
 from fedlm.randomness import stream
 from fedlm.trainable.build import build_trainable
-from fedlm.training.base import save_base
 
 
 def prepare(name: str, folder: Path, corpus: str, num_users: int, *others: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import machine
-from fedlm.privacy.accounting import gaussian_mu
+from fedlm.privacy.accounting.subsampled_gaussian import gaussian_mu
 from fedlm.privacy.mechanisms import Participation, create, toeplitz
 from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Floats

@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 from benchmarks.measure import machine
-from fedlm.privacy import accounting
+from fedlm.privacy.accounting import subsampled_gaussian
 
 SAMPLING_PROBABILITY, ROUNDS, DELTA = 0.005, 2_000, 1e-6
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3)
@@ -29,10 +29,10 @@ def true_epsilon(nominal: float, ratio: float) -> float:
         nominal: The epsilon of the noise that is accounted for.
         ratio: Least standard deviation of any coordinate, as a part of that noise.
     """
-    z = accounting.noise_multiplier(
+    z = subsampled_gaussian.noise_multiplier(
         sampling_probability=SAMPLING_PROBABILITY, rounds=ROUNDS, epsilon=nominal, delta=DELTA
     )
-    return accounting.epsilon(
+    return subsampled_gaussian.epsilon(
         sampling_probability=SAMPLING_PROBABILITY, noise_multiplier=z * ratio, rounds=ROUNDS, delta=DELTA
     )
 

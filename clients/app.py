@@ -6,7 +6,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.host import DeviceHost
-from clients.partial_sum import KeptSum
+from clients.node_sum import KeptSum
 from fedlm.config.load import config_from_toml
 from fedlm.experiment import Weights
 from fedlm.flower_records import from_records, to_records

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clients.canaries import CanaryDevices
-from clients.partial_sum import KeptSum
+from clients.canary_devices import CanaryDevices
+from clients.node_sum import KeptSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
 from fedlm.errors import WorkerError
@@ -38,14 +38,14 @@ from fedlm.messages import (
     TrainRequest,
 )
 from fedlm.models.transformer import TransformerModel
-from fedlm.privacy.clipping import ClippedSum, ClipRecord
-from fedlm.privacy.riders import NO_WORDS, Facts
+from fedlm.privacy.clipping.clipped_sum import ClippedSum, ClipRecord
+from fedlm.privacy.clipping.side_queries import NO_WORDS, Facts
 from fedlm.trainable.parts import Part, restricted
-from fedlm.training import products
-from fedlm.training.group import GroupTrainer, why_not_grouped
+from fedlm.training import matmul_backend
+from fedlm.training.dp_local import PrivateLocalTrainer
+from fedlm.training.grouped.trainer import GroupTrainer, why_not_grouped
 from fedlm.training.local import LocalTrainer
-from fedlm.training.private_local import PrivateLocalTrainer
-from fedlm.training.released_noise import released_noise
+from fedlm.training.user_level_noise import released_noise
 
 UNKNOWN_VERSION = -2
 EVALUATION_TOKENS = 4096  # tokens whose hidden states are scored at once
@@ -70,7 +70,7 @@ class DeviceHost:
         is_own = weights is None and starts_from_base(config)
         self._blocks = self._trainable.initial_blocks(copy_tables=not is_own)
         self._trainable.bind_tables(self._blocks)
-        products.use(config.execution.products)
+        matmul_backend.use(config.execution.products)
         frequencies = self._experiment.vocabulary.frequencies
         budget = device_budget(config)
         self._trainer = (

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fedlm.errors import FedlmError
     from fedlm.privacy.plan import PrivacyPlan
     from fedlm.privacy.release import Release
-    from fedlm.privacy.testkit.checks import check_strategy
-    from fedlm.strategy import Strategy
+    from fedlm.strategies import Strategy
+    from fedlm.testkit.checks import check_strategy
     from fedlm.trainable.spec import UpdateSpec
 
 __all__ = [
@@ -49,10 +49,10 @@ _HOMES = {
     "FedlmError": "fedlm.errors",
     "PrivacyPlan": "fedlm.privacy.plan",
     "Release": "fedlm.privacy.release",
-    "Strategy": "fedlm.strategy",
+    "Strategy": "fedlm.strategies",
     "UpdateSpec": "fedlm.trainable.spec",
     "audit": "fedlm.api",
-    "check_strategy": "fedlm.privacy.testkit.checks",
+    "check_strategy": "fedlm.testkit.checks",
     "finetune": "fedlm.api",
     "load_config": "fedlm.config.load",
     "plan": "fedlm.api",

@@ -17,11 +17,11 @@ from fedlm.environment import set_quiet_environment
 from fedlm.plugins import refuse_shadows, search_in
 
 if TYPE_CHECKING:
+    from fedlm.audit import AuditReport
     from fedlm.config.schema import Config
     from fedlm.finetuning.run import FinetuneSummary
     from fedlm.planning.forecast import Device
     from fedlm.planning.run_forecast import Forecast
-    from fedlm.privacy.audit import AuditReport
     from simulations.summary import RunSummary
 
 Listener: TypeAlias = Callable[[dict[str, object]], None]
@@ -103,7 +103,7 @@ def audit(config: Config, out: Folder | None = None, listener: Listener | None =
         FedlmError: As `simulate`; ConfigError where there is no privacy to audit.
     """
     with _listening(listener) as listen:
-        from simulations.audit import audit, with_canaries
+        from simulations.run_audit import audit, with_canaries
 
         return audit(with_canaries(config), _path(out), listen)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlm.audit.canaries import Canaries
 from fedlm.config.schema import Config
 from fedlm.config.validate import validate_sizes
 from fedlm.data.store import TokenStore, build_store
@@ -19,9 +20,8 @@ from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS, build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
 from fedlm.models.weights import set_weights
-from fedlm.privacy.audit.canaries import Canaries
+from fedlm.pretraining.cache import load_base
 from fedlm.trainable.build import Trainable, build_trainable
-from fedlm.training.base import load_base
 
 Weights = Mapping[str, npt.NDArray[Any]]
 

@@ -63,7 +63,7 @@ class TrainRequest:
     Arguments:
         devices: Device ids (U,), group after group.
         group_sizes: (K,) devices of each group; a group trains together, and its bits depend on who is in it.
-        clipper: What to clip with, and what else to ask a device: a `fedlm.privacy.clipper.Clipper` as text.
+        clipper: What to clip with, and what else to ask a device: a `fedlm.privacy.clipping.clip_spec.Clipper` as text.
         piece: Number of this piece of work in the round.
         sum_name: Names the partial sum. A node keeps one; a request with another name begins a new one.
         flush: Send the partial sum along with the reply.
@@ -116,7 +116,7 @@ class PartialSum:
 
     Arguments:
         pieces: (K,) numbers of the pieces; empty when the node holds no sum of the name asked for.
-        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping`); empty with `pieces`.
+        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping.clipped_sum`); empty with `pieces`.
         num_devices: Devices in the sum, those that contributed zero included.
     """
 

@@ -1,7 +1,7 @@
 """Counter-based random streams: every draw is a function of (seed, purpose, round, device) and of nothing else.
 
 No global generator and no order of calls can change a result, so a run gives the same bits for any number of
-workers and after any restart. Privacy noise does *not* come from here (see `fedlm.privacy.noise`).
+workers and after any restart. Privacy noise does *not* come from here (see `fedlm.privacy.noise.lattice`).
 
 >>> a = stream(round_key(7, 3), "shuffle", 12).permutation(4)
 >>> b = stream(round_key(7, 3), "shuffle", 12).permutation(4)

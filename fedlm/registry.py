@@ -22,9 +22,9 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
 from fedlm.plugins import import_object, load_object
+from fedlm.suggest import nearest_word
 
 T = TypeVar("T")
 
@@ -191,8 +191,8 @@ STRATEGIES: Registry[Any] = Registry(
     "strategy.kind",
     "aggregation strategy",
     {
-        "fedavg": BuiltIn("server.strategies.fedavg:FedAvg"),
-        "fedadam": BuiltIn("server.strategies.fedadam:FedAdam", f"{_OPTIONS}FedAdamOptions"),
+        "fedavg": BuiltIn("fedlm.strategies.fedavg:FedAvg"),
+        "fedadam": BuiltIn("fedlm.strategies.fedadam:FedAdam", f"{_OPTIONS}FedAdamOptions"),
     },
     group="fedlm.strategies",
     options_key="strategy.options",
@@ -207,7 +207,7 @@ MECHANISMS: Registry[Any] = Registry(
         "blt": BuiltIn(f"{_MECHANISMS}blt:Blt", f"{_OPTIONS}BltOptions", checks=True),
         "banded": BuiltIn(f"{_MECHANISMS}banded:Banded", f"{_OPTIONS}BandedOptions", checks=True),
         "tree": BuiltIn(f"{_MECHANISMS}tree:Tree", checks=True),
-        "local": BuiltIn(f"{_MECHANISMS}local:Local"),
+        "local": BuiltIn(f"{_MECHANISMS}local_noise:Local"),
         "skellam": BuiltIn(f"{_MECHANISMS}skellam:DistributedSkellam", f"{_OPTIONS}SkellamOptions"),
     },
     group="fedlm.mechanisms",
@@ -215,7 +215,7 @@ MECHANISMS: Registry[Any] = Registry(
     options_key="privacy.options",
 )
 
-_SAMPLERS = "fedlm.privacy.samplers:"
+_SAMPLERS = "fedlm.privacy.sampling.cohort_samplers:"
 COHORT_SAMPLERS: Registry[Any] = Registry(
     "privacy.sampler",
     "cohort sampler",

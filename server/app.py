@@ -15,24 +15,24 @@ from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment, is_pretrained, starts_from_base
 from fedlm.planning.forecast import schedule_of, structure
-from fedlm.privacy.allocation import groups_of
-from fedlm.privacy.cohort_key import CohortKey
+from fedlm.pretraining.cache import base_folder, has_base
+from fedlm.pretraining.train import pretrain
+from fedlm.privacy.adaptive.allocation import groups_of
 from fedlm.privacy.plan import PrivacyPlan
+from fedlm.privacy.sampling.cohort_key import CohortKey
 from fedlm.registry import MECHANISMS
-from fedlm.strategy import strategy_of
+from fedlm.strategies.contract import strategy_of
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.trainable.rows import sampler_of
-from fedlm.training.base import base_folder, has_base
-from fedlm.training.group import why_not_grouped
-from fedlm.training.pretrain import pretrain
-from server.cohort_key import NAME as COHORT_KEY
-from server.cohort_key import stored_cohort_key
+from fedlm.training.grouped.trainer import why_not_grouped
+from server.cohort_key_file import NAME as COHORT_KEY
+from server.cohort_key_file import stored_cohort_key
 from server.engine import Engine, Listener
+from server.participation import EveryDevice, Fleet
 from server.public_moments import PublicMoments, public_moments
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.run_guarantee import run_guarantee
-from server.turnout import EveryDevice, Fleet
 
 FleetMaker = Callable[[Experiment, Trainable], Fleet]
 app = ServerApp()

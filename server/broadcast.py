@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fedlm.flower_records import Records, to_records
 from fedlm.messages import EMPTY_IDS, EMPTY_VECTOR, FROM_SCRATCH, Broadcast
-from fedlm.server_step import ServerState
+from fedlm.strategies.server_step import ServerState
 from fedlm.trainable.spec import RowIds, UpdateSpec
-from server.exchange import Order
 from server.round import Round, RoundOpener
+from server.transport.exchange import Order
 
 
 class Broadcaster:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlm.errors import OutputError
+from server.participation import OUTCOMES, Turnout
 from server.run_folder import owners_alone
-from server.turnout import OUTCOMES, Turnout
 
 NAME = "devices.csv"
 _HEADER = "round,device,outcome,seconds,bytes_down,bytes_up\n"

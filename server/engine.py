@@ -17,19 +17,19 @@ from fedlm.codec import to_text
 from fedlm.experiment import Experiment
 from fedlm.losses.evaluation import Score
 from fedlm.messages import PartialSum, TrainRequest
-from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.clipping.clipped_sum import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
-from fedlm.server_step import ServerState, step
-from fedlm.strategy import Strategy, StrategyState
+from fedlm.strategies import Strategy, StrategyState
+from fedlm.strategies.server_step import ServerState, step
 from fedlm.trainable.spec import UpdateSpec, Vector
-from fedlm.training.groups import group_devices
+from fedlm.training.grouped.assignment import group_devices
 from server.broadcast import Broadcaster
-from server.cohort_key import forget_cohort_key
+from server.cohort_key_file import forget_cohort_key
 from server.device_log import DeviceLog
-from server.dispatch import Dispatcher
 from server.evaluation import Evaluation
 from server.noise_keys import NoiseKeys
+from server.participation import Fleet
 from server.resume import (
     check_unchanged,
     experiment_hash,
@@ -43,7 +43,7 @@ from server.round import Round, RoundOpener
 from server.round_lines import CohortReport, RunLines, json_number, now
 from server.run_folder import NOTHING, RunFolder
 from server.run_guarantee import devices_and_users, privacy_figures, run_guarantee
-from server.turnout import Fleet
+from server.transport.dispatch import Dispatcher
 
 Listener = Callable[[dict[str, object]], None]
 

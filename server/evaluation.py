@@ -10,8 +10,8 @@ from fedlm.losses.evaluation import Score
 from fedlm.losses.metrics import metrics_of
 from fedlm.messages import EvaluateRequest
 from fedlm.randomness import seed_key, stream
-from server.dispatch import Dispatcher
-from server.exchange import Order
+from server.transport.dispatch import Dispatcher
+from server.transport.exchange import Order
 
 USERS_PER_REQUEST = 8
 

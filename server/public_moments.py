@@ -1,4 +1,5 @@
-"""What users who publish their text tell about the kinds of blocks before round 1 (`fedlm.privacy.allocation`).
+"""What users who publish their text tell about the kinds of blocks before round 1
+(`fedlm.privacy.adaptive.allocation`).
 
 The public and the per-group allocation need m_g = E |Delta_g|^2 and w_g, the harm of noise in a coordinate: as for a
 natural gradient, the mean squared gradient, `m_g / (d_g rate_g^2)` since an update is gradients times local rates.
@@ -17,7 +18,7 @@ import torch
 from fedlm.config.schema import LocalConfig
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment
-from fedlm.privacy.allocation import group_sizes, groups_of
+from fedlm.privacy.adaptive.allocation import group_sizes, groups_of
 from fedlm.randomness import round_key
 from fedlm.trainable.build import Trainable
 from fedlm.trainable.rows import row_set

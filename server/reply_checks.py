@@ -2,7 +2,8 @@
 
 What is refused here is only what no honest node can send, whatever its devices' data are: a round is never repeated,
 and no node left out, because of data (PRIVACY.md rule 3). So a training loss may be infinite or NaN, an update that is
-not finite is a failed device, and one device's sum that is too long is clipped (`fedlm.privacy.clipping`), not refused.
+not finite is a failed device, and one device's sum that is too long is clipped (`fedlm.privacy.clipping.clipped_sum`),
+not refused.
 
 A lie that has the right form cannot be seen: what it can do is bounded by the clip norm of the devices asked for.
 """

@@ -10,11 +10,11 @@ from fedlm.codec import join, split
 from fedlm.config.load import config_hash
 from fedlm.config.schema import Config, ExecutionConfig
 from fedlm.errors import DataError
-from fedlm.privacy.adaptation import PrivacyState
+from fedlm.privacy.adaptive.rule import PrivacyState
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
-from fedlm.server_step import ServerState, step
-from fedlm.strategy import Strategy, StrategyState
+from fedlm.strategies import Strategy, StrategyState
+from fedlm.strategies.server_step import ServerState, step
 from fedlm.trainable.spec import RowIds, UpdateSpec
 from server.round import RoundOpener
 from server.run_folder import CONFIG, RunFolder

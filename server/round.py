@@ -11,17 +11,17 @@ from fedlm.config.schema import OptionValues, RowsConfig
 from fedlm.errors import ConfigError
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
-from fedlm.privacy.adaptation import PrivacyState
-from fedlm.privacy.allocation import groups_of
-from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.adaptive.allocation import groups_of
+from fedlm.privacy.adaptive.rule import PrivacyState
+from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.randomness import round_key
-from fedlm.round_specs import RoundSpecs, Schedule
-from fedlm.strategy import Strategy
+from fedlm.strategies import Strategy
+from fedlm.strategies.round_specs import RoundSpecs, Schedule
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec
+from server.participation import Fleet, RoundTask, Turnout
 from server.payload import DownloadMeter
-from server.turnout import Fleet, RoundTask, Turnout
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from fedlm.config.schema import Config
 from fedlm.losses.evaluation import Score
 from fedlm.losses.metrics import evaluation_figures
 from fedlm.messages import NOT_FINITE, TrainReply
-from fedlm.privacy.adaptation import PrivacyState
-from fedlm.privacy.clipping import ClippedSum
+from fedlm.privacy.adaptive.rule import PrivacyState
+from fedlm.privacy.clipping.clipped_sum import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
 from fedlm.trainable.spec import UpdateSpec

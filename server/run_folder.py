@@ -2,7 +2,7 @@
 
     config.toml        the resolved experiment
     plan.json          the privacy plan as calibrated, so that a resumed run keeps its noise multiplier
-    cohort_key         who is sampled, until the run ends (`server.cohort_key`)
+    cohort_key         who is sampled, until the run ends (`server.cohort_key_file`)
     metrics.jsonl      a line a round
     ledger.jsonl       bytes, seconds, failures by cause, privacy events
     lock               held by the process that runs in the folder

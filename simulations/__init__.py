@@ -1,1 +1,1 @@
-"""The virtual fleet: grids (in-process, Ray), recipes and reports."""
+"""The virtual fleet: grids (in-process, Ray), recipes, studies and reports."""

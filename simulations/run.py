@@ -16,9 +16,9 @@ from fedlm.config.schema import Config
 from fedlm.errors import Interrupted
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, starts_from_base
-from fedlm.strategy import strategy_of
-from fedlm.training import products
-from fedlm.training.base import base_folder, load_base
+from fedlm.pretraining.cache import base_folder, load_base
+from fedlm.strategies.contract import strategy_of
+from fedlm.training import matmul_backend
 from server import app as server
 from server.engine import Listener
 from server.run_folder import CONFIG, RunFolder, check_writable
@@ -98,9 +98,9 @@ def _with_products(config: Config, listener: Listener) -> Config:
     wanted = config.execution.products
     with one_thread():
         if wanted == "auto":
-            return replace(config, execution=replace(config.execution, products=products.choose()))
+            return replace(config, execution=replace(config.execution, products=matmul_backend.choose()))
         if wanted == "bf16":
-            plain, rounded = products.measure(["fp32", "bf16"])
+            plain, rounded = matmul_backend.measure(["fp32", "bf16"])
             ratio = rounded.gigaflops / plain.gigaflops
             listener({"event": "note", "text": f"bf16 products run at {ratio:.2f} times the rate of fp32 here"})
     return config

@@ -10,8 +10,8 @@ from typing import Any
 
 from fedlm.codec import from_text
 from fedlm.errors import DataError, OutputError
-from fedlm.privacy.compare import EPSILONS, Row, advice, compare
-from fedlm.privacy.terms import PrivacyTerms
+from fedlm.privacy.mechanisms.compare import EPSILONS, Row, advice, compare
+from fedlm.privacy.plan_parameters import PrivacyTerms
 from server.run_folder import PLAN, write_atomically
 from simulations.report import write_report
 from simulations.run_files import COMPARISON, read_run
@@ -45,7 +45,7 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
     Arguments:
         run: The run folder.
         epsilons: Beside the run's own; empty: 1, 2, 4 and 8.
-        separation: As for `fedlm.privacy.compare.compare`; 0: the run's where it keeps one.
+        separation: As for `fedlm.privacy.mechanisms.compare.compare`; 0: the run's where it keeps one.
         max_vectors: Likewise.
 
     Raises:

@@ -152,35 +152,41 @@ def tuples(strategy: st.SearchStrategy[Any], size: int) -> st.SearchStrategy[tup
 
 def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
     """Return values of a class whose fields constrain each other; None where types tell enough."""
-    from fedlm.models import noise_levels
-    from fedlm.privacy import adaptation, allocation, clipper, geometry, riders, skellam
+    from fedlm.models.re_attention import noise_levels
     from fedlm.privacy import mechanisms as rooms
+    from fedlm.privacy.adaptive import allocation
+    from fedlm.privacy.adaptive import rule as adaptation
+    from fedlm.privacy.clipping import block_scaling, clip_spec, side_queries
+    from fedlm.privacy.noise import skellam_encoding
 
     if issubclass(cls, rooms.Mechanism):
         return mechanisms(cls)
-    if cls is riders.DPMetrics:
+    if cls is side_queries.DPMetrics:
         names = st.lists(st.sampled_from(DP_METRICS.built_in), max_size=3).map(tuple)
         return made_with(cls, share=shares, names=names)
-    if cls is riders.ClipBit:
+    if cls is side_queries.ClipBit:
         return made_with(cls, share=shares, quantile=st.floats(0.01, 0.99))
-    if issubclass(cls, riders.Rider):
+    if issubclass(cls, side_queries.Rider):
         return made_with(cls, share=shares, **dict.fromkeys(("num_groups", "vocabulary_size"), counts))
     if cls is noise_levels.NoiseLevels:
         variances = st.floats(0, 1e9, width=32)
         rows = arrays(np.float32, array_shapes(max_dims=1, min_side=0), elements=variances)
         return made_with(cls, rows=rows, weights=st.dictionaries(st.text(), variances, max_size=3))
     special_fields: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
-        geometry.Geometry: {
+        block_scaling.Geometry: {
             "spans": st.just(((0, 4, 0), (4, 5, 1))), "scales": tuples(positive, 2),
             "limits": st.sampled_from([(), (0.6, 0.8)]), "noise": st.one_of(st.just(()), tuples(st.floats(1, 9), 2)),
         },
-        skellam.Skellam: {
+        skellam_encoding.Skellam: {
             "population": st.just(99), "cohort": counts, "rounds": st.integers(12, 90), "delta": shares, "size": counts,
             "noise_multiplier": st.floats(0.1, 1), "grid_bits": st.integers(4, 18), "min_survivors": st.just(1),
             "max_devices": st.integers(12, 99), "max_participations": counts,
             "debug_key": st.sampled_from(["", "0123456789abcdef" * 2]),
         },
-        clipper.Clipper: {"clip_norm": positive, "riders": st.lists(values_of(riders.Rider), max_size=3).map(tuple)},
+        clip_spec.Clipper: {
+            "clip_norm": positive,
+            "riders": st.lists(values_of(side_queries.Rider), max_size=3).map(tuple),
+        },
         allocation.AllocationState: {
             **{name: tuples(values_of(float), 3) for name in ("scales", "moments", "sensitivity", "uncertainty")},
             "num_rounds": counts,

@@ -144,7 +144,7 @@ def test_a_plan_is_what_the_verb_prints(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_an_audit_needs_no_numbers_of_canaries() -> None:
-    from simulations.audit import with_canaries
+    from simulations.run_audit import with_canaries
 
     config = fedlm.load_config(None, ["fleet.cohort=8"])
     assert (with_canaries(config).audit.canaries, with_canaries(config).audit.text_canaries) == (200, 20)

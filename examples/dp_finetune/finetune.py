@@ -19,8 +19,8 @@ from fedlm.config import Config, load_config
 from fedlm.config.schema import ExampleDpConfig
 from fedlm.data.batching import Batch, sequences
 from fedlm.example_dp.language import LanguageTask, Sequences
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.plan import ExamplePlan
-from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.trainer import DpTrainer
 from fedlm.experiment import Experiment
 from fedlm.randomness import seed_key

@@ -22,13 +22,13 @@ import fedlm
 from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
 from fedlm.randomness import round_key
-from fedlm.round_specs import RoundSpecs
-from fedlm.server_step import ServerState, step
+from fedlm.strategies.fedavg import FedAvg
+from fedlm.strategies.round_specs import RoundSpecs
+from fedlm.strategies.server_step import ServerState, step
 from fedlm.trainable.parts import Part
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import Vector
-from fedlm.training.group import GroupTrainer
-from server.strategies.fedavg import FedAvg
+from fedlm.training.grouped.trainer import GroupTrainer
 
 TINY = [
     "rounds=2", "data.corpus=synthetic", "synthetic.users=40", "synthetic.tokens_per_user=40", "synthetic.classes=16",

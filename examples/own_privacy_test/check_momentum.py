@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlm.privacy.testkit import PrivacyTestFailure, strategy_checks
-from fedlm.strategy import Release, ServerOptimizer, StrategyState, Vector
+from fedlm.strategies import Release, ServerOptimizer, StrategyState, Vector
+from fedlm.testkit import PrivacyTestFailure, strategy_checks
 
 
 class Honest(ServerOptimizer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedlm.config.schema import option
-from fedlm.strategy import Release, ServerOptimizer, StrategyState
+from fedlm.strategies import Release, ServerOptimizer, StrategyState
 from fedlm.trainable.spec import Vector
 
 

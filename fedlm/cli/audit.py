@@ -13,8 +13,8 @@ from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.progress import progress
 
 if TYPE_CHECKING:
+    from fedlm.audit import AuditReport, TextReport
     from fedlm.config import Config
-    from fedlm.privacy.audit import AuditReport, TextReport
 
 NumCanaries = Annotated[
     int | None, typer.Option("--canaries", min=0, metavar="K", help="Devices that contribute a known direction.")
@@ -41,7 +41,7 @@ def audit(
     CONFIG is a TOML file, or the run folder of an audit; left out: the embedded default job. Without any number of
     canaries there are 200, and 20 with phrases. The exit code is 1 if the run is less private than it claims.
     """
-    from simulations.audit import audit, audit_run
+    from simulations.run_audit import audit, audit_run
 
     with progress(quiet=quiet, json=json) as listener:
         if config is not None and config.is_dir():
@@ -61,7 +61,7 @@ def audit(
 def _with_canaries(path: Path | None, overrides: list[str], gradient: int | None, text: int | None) -> Config:
     """Return the config with the canaries that the options ask for; with some if nobody asked for any."""
     if gradient is None and text is None:
-        from simulations.audit import with_canaries
+        from simulations.run_audit import with_canaries
 
         return with_canaries(read_config(path, overrides))
     asked = {"audit.canaries": gradient, "audit.text_canaries": text}

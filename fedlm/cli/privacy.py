@@ -19,9 +19,9 @@ from fedlm.rounding import rounded_up, stamped
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fedlm.privacy.compare import Row
     from fedlm.privacy.guarantee import Guarantee
     from fedlm.privacy.mechanisms import Mechanism, Participation
+    from fedlm.privacy.mechanisms.compare import Row
 
 app = typer.Typer(help="Privacy accounting.")
 
@@ -154,7 +154,7 @@ def compare(
     else:
         _require_cohort(population, cohort)
         _require_delta(delta or 0.0, population, allow_large_delta)
-        from fedlm.privacy.compare import EPSILONS, advice, compare
+        from fedlm.privacy.mechanisms.compare import EPSILONS, advice, compare
 
         rows = compare(
             population=population,
@@ -210,7 +210,7 @@ def _rule(
     fleet: dict[str, int], mechanism: str, sampler: str, cap: int, min_separation: int, max_participations: int
 ) -> Participation:
     """Return who can be in which cohort, with what was left out filled in."""
-    from fedlm.privacy.cohorts import participation_rule
+    from fedlm.privacy.sampling.cohorts import participation_rule
 
     return participation_rule(
         sampler or MECHANISMS.resolve(mechanism).samplers[0],

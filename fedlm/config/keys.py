@@ -22,10 +22,10 @@ from operator import attrgetter
 from typing import Any, get_type_hints
 
 from fedlm.config.schema import Config, OptionValues
-from fedlm.config.suggest import nearest_key, nearest_word
 from fedlm.errors import ConfigError
 from fedlm.plugins import search_in
 from fedlm.registry import REGISTRIES, NoOptions, Registry
+from fedlm.suggest import nearest_key, nearest_word
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text, not empty"}
 

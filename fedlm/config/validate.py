@@ -16,9 +16,9 @@ from pathlib import Path
 
 from fedlm.config.keys import chosen
 from fedlm.config.schema import Config
-from fedlm.config.suggest import nearest_word
 from fedlm.errors import ConfigError
 from fedlm.registry import COHORT_SAMPLERS, DP_METRICS, LOSSES, REGISTRIES
+from fedlm.suggest import nearest_word
 
 _BUILT_IN_MODELS = ("transformer", "lstm")
 _PACKAGED_MODELS = ("minilm", "smollm2")  # of `fedlm.models.packages`

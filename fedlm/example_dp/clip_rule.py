@@ -29,7 +29,7 @@ class ClipRule:
     """How long an example's gradient may be.
 
     Guarantee: with the norms that the engines compute, `factor_i * true norm_i <= clip_norm`, in float32 too. A ghost
-    norm in float32 is off by less than `SLACK`, relative: where cancellation could make it worse, `modules/matrix.py`
+    norm in float32 is off by less than `SLACK`, relative: where cancellation could make it worse, `layers/matrix.py`
     does not use it. The slack also covers the rounding of the sum of the squares and of the factors.
 
     Edge cases: norm 0: factor 1 (flat), finite (automatic). Norm inf or nan: factor 0. `clip_norm` inf: no bound,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedlm.config.schema import Config
-from fedlm.privacy import accounting
+from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.guarantee import Guarantee, check_budget
 from fedlm.rounding import rounded_up
 
@@ -53,7 +53,7 @@ class DeviceBudget:
 
     def epsilon(self, num_rounds: int) -> float:
         """Return what a device's sequence has spent after `num_rounds` rounds of that device."""
-        return accounting.epsilon(
+        return subsampled_gaussian.epsilon(
             sampling_probability=self.sampling_rate,
             noise_multiplier=self.noise_multiplier,
             rounds=num_rounds * self.steps,
@@ -105,7 +105,7 @@ def device_budget(config: Config) -> DeviceBudget | None:
     if not local.enabled:
         return None
     max_rounds = min(local.max_rounds or config.rounds, config.rounds)
-    z = local.noise_multiplier or accounting.noise_multiplier(
+    z = local.noise_multiplier or subsampled_gaussian.noise_multiplier(
         sampling_probability=local.sampling_rate,
         rounds=max_rounds * local.steps,
         epsilon=local.epsilon,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fedlm.example_dp.clip_rule import ClipRule
-from fedlm.example_dp.modules.taps import Taps
+from fedlm.example_dp.layers.hooks import Taps
 from fedlm.example_dp.passes import differentiate, total_norms
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics, watched_modules
-from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import BatchT, Task
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.errors import ConfigError
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.tables.phantom import TrainedTables
-from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Examples, Task
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel

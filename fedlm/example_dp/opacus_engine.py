@@ -1,7 +1,7 @@
 """Opacus' hooks (Yousefpour et al. 2021, arXiv 2109.12298) behind the same door: the reference to compare with.
 
 Exact where Opacus is; it holds the gradient of every example for every parameter at once, B times the trained model. It
-knows modules that `modules/taps.py` refuses. What it does not know: tensors that are no parameters, so the tables of a
+knows modules that `layers/hooks.py` refuses. What it does not know: tensors that are no parameters, so the tables of a
 `LanguageTask` are refused by name.
 
 Legend: B examples of a physical batch.
@@ -22,8 +22,8 @@ from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule, accepted
 from fedlm.example_dp.engine import ClippedGradients
 from fedlm.example_dp.passes import checked_losses
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics
-from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import BatchT, Task
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import ConfigError
-from fedlm.privacy.ranges import require_number
+from fedlm.ranges import require_number
 
 KINDS = ("adam", "sgd")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.modules.taps import Taps
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.layers.hooks import Taps
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.task import BatchT, Task
 
 

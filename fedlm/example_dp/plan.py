@@ -3,7 +3,7 @@
 A step takes each of the n examples with probability q = batch size / n, each by its own coin (Poisson), sums their
 gradients clipped to C, adds N(0, (z C)^2) to every coordinate and divides by the *expected* batch size q n (Abadi et
 al. 2016, https://arxiv.org/abs/1607.00133). A run has one or more phases, which may train different parameters
-(X+BiTFiT: all of them, then biases alone); what they cost together is `fedlm.privacy.composition`.
+(X+BiTFiT: all of them, then biases alone); what they cost together is `fedlm.privacy.accounting.composition`.
 
 >>> from fedlm.config.schema import ExampleDpConfig
 >>> config = ExampleDpConfig(enabled=True, epsilon=3.0, delta=1e-5)
@@ -30,13 +30,13 @@ from fedlm.example_dp import statement
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.release import check_sums, noised_means
 from fedlm.example_dp.step_keys import StepKeys
-from fedlm.privacy import accounting
-from fedlm.privacy.composition import Event, composed_epsilon
-from fedlm.privacy.fixed_point import CAPACITY, UNITS
+from fedlm.privacy.accounting import subsampled_gaussian
+from fedlm.privacy.accounting.composition import Event, composed_epsilon
 from fedlm.privacy.guarantee import Guarantee, check_budget
-from fedlm.privacy.noise import MAX_STD, NoiseStream, Uncopied
-from fedlm.privacy.ranges import require_count, require_number
+from fedlm.privacy.noise.fixed_point import CAPACITY, UNITS
+from fedlm.privacy.noise.lattice import MAX_STD, NoiseStream, Uncopied
 from fedlm.privacy.released_once import ReleasedOnce
+from fedlm.ranges import require_count, require_number
 
 _COINS = 2.0**53  # values of a coin: a uniform double is a multiple of 2^-53
 _CLIP_NORMS = (1e-9, 1e9)  # float32 squares gradients of that size without underflow or overflow
@@ -107,7 +107,7 @@ class ExamplePlan(Uncopied):
             require_number("noise multiplier", phase.noise_multiplier, low=0, high=MAX_STD / UNITS, fix="raise epsilon")
         require_count("steps of all phases", self.num_steps, low=1, fix="train more epochs")
         require_number("divisor", self.divisor, low=0)
-        require_number("example_dp.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
+        require_number("example_dp.delta", self.delta, low=subsampled_gaussian.MIN_DELTA, high=0.1)
         require_number("example_dp.epsilon", self.epsilon_target, low=0)
         if self.is_private:
             low, high = _CLIP_NORMS
@@ -280,8 +280,8 @@ def _noise_multiplier(config: ExampleDpConfig, sampling_probability: float, step
         return require_number("example_dp.noise_multiplier", config.noise_multiplier, above=0)
     if not config.epsilon:
         raise ConfigError("example_dp.epsilon = 0 and example_dp.noise_multiplier = 0; give one of them")
-    require_number("example_dp.delta", config.delta, low=accounting.MIN_DELTA, high=0.1)
+    require_number("example_dp.delta", config.delta, low=subsampled_gaussian.MIN_DELTA, high=0.1)
     require_count("steps of all phases", steps, low=1, fix="train more epochs")
-    return accounting.noise_multiplier(
+    return subsampled_gaussian.noise_multiplier(
         sampling_probability=sampling_probability, rounds=steps, epsilon=config.epsilon, delta=config.delta
     )

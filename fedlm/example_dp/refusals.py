@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.modules.taps import Watched, module_kind
+from fedlm.example_dp.layers.hooks import Watched, module_kind
 
 _KNOWN = "Linear, Conv1D, LayerNorm, plain RMSNorm, Embedding and Positions"
 

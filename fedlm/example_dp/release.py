@@ -1,4 +1,4 @@
-"""From the clipped sums of a step to its noised means, on the integer lattice of `fedlm.privacy.noise`.
+"""From the clipped sums of a step to its noised means, on the integer lattice of `fedlm.privacy.noise.lattice`.
 
 Sums become integers in units of clip norm * 2^-40 (so z stays a ratio), get their noise there, and are divided by the
 *expected* batch size. A coordinate moves by at most half a unit on the way, 2e-9 of the clip norm for 22 million of
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fedlm.errors import FedlmError
-from fedlm.privacy.fixed_point import UNITS
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise.fixed_point import UNITS
+from fedlm.privacy.noise.lattice import NoiseStream
 
 _BLOCK = 65_536  # a multiple of the noise's own chunks
-_LARGEST_SUM = 2.0**62  # in units; `fedlm.privacy.noise` asks for it
+_LARGEST_SUM = 2.0**62  # in units; `fedlm.privacy.noise.lattice` asks for it
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from fedlm.privacy.noise import Uncopied, fresh_key, reproducible_key
+from fedlm.privacy.noise.lattice import Uncopied, fresh_key, reproducible_key
 
 
 class StepKeys(Uncopied):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.per_example_gradients import Tape
 
 BatchT = TypeVar("BatchT")
 CovariantBatch = TypeVar("CovariantBatch", covariant=True)

@@ -27,7 +27,7 @@ from fedlm.example_dp.independence import check_independence
 from fedlm.example_dp.optimizers import ReleaseOptimizer
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.task import BatchT, Examples, Task
-from fedlm.privacy.ranges import require_count
+from fedlm.ranges import require_count
 
 ENGINES = ("fedlm", "opacus")
 ContravariantBatch = TypeVar("ContravariantBatch", contravariant=True)

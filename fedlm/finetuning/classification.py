@@ -21,7 +21,7 @@ from torch import Tensor
 from fedlm.config.schema import Config
 from fedlm.data.examples import TextRows
 from fedlm.errors import DataError
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.task import Task
 from fedlm.models.encoders import HEAD, Encoder
 from fedlm.models.weights import thaw

@@ -23,7 +23,7 @@ from fedlm.config.schema import Config
 from fedlm.errors import ConfigError, Interrupted
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.trainer import DpTrainer, StepReport
-from fedlm.finetuning.run_files import FinetuneFolder, require_free
+from fedlm.finetuning.finetune_folder import FinetuneFolder, require_free
 from fedlm.finetuning.workloads import Workload, open_workload
 from fedlm.privacy.guarantee import to_dict
 from fedlm.rounding import rounded_up, stamped

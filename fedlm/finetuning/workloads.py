@@ -24,24 +24,24 @@ from fedlm.data.prompts import read_language_examples
 from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
 from fedlm.errors import ConfigError
 from fedlm.example_dp.language import LanguageTask, Sequences
-from fedlm.example_dp.noise_tracker import NoiseTracker
 from fedlm.example_dp.task import BatchT, Examples, Task
 from fedlm.experiment import is_pretrained, starts_from_base
+from fedlm.export.model_card import write_model_card
 from fedlm.finetuning import generation
 from fedlm.finetuning.classification import ClassificationTask, TextBatch, Texts, accuracy, check_labels
 from fedlm.models.base import LanguageModel
 from fedlm.models.encoders import Encoder, load_encoder
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
+from fedlm.models.re_attention.example_level import NoiseTracker
 from fedlm.models.transformer import TransformerModel
 from fedlm.models.weights import in_order, set_weights
+from fedlm.pretraining.cache import has_base, load_base
+from fedlm.pretraining.train import pretrain
 from fedlm.privacy.guarantee import Guarantee
-from fedlm.privacy.model_card import write_model_card
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, build_trainable
-from fedlm.training.base import has_base, load_base
-from fedlm.training.pretrain import pretrain
 
 Listener = Callable[[dict[str, object]], None]
 TRAINED = "trained.safetensors"

@@ -162,7 +162,7 @@ class FullSoftmax(Loss):
 
     summary = "exact softmax over the vocabulary"
     draws_negatives = False
-    has_groups = True  # of a form of its own, `fedlm.training.whole_table` and `full_losses`
+    has_groups = True  # of a form of its own, `fedlm.training.grouped.whole_table` and `full_losses`
     per_example = True
 
     def mean(

@@ -4,9 +4,9 @@ The fused kernel is up to 20 times slower than plain products at 16 to 32 tokens
 the plain products makes a dozen small copies. Here queries, keys and values are laid out once, and so are their
 gradients.
 
-With the variances of noisy keys, attention is corrected for them (Re-Attention; `fedlm.models.re_attention`): the logit
-of key j loses |q|^2 s_j^2 / (2 W). Plain products add that matrix of rank one; the fused kernel gets it as one more
-coordinate of queries, |q|^2, and of keys, -s_j^2 / (2 sqrt(W)).
+With the variances of noisy keys, attention is corrected for them (Re-Attention; `fedlm.models.re_attention.attention`):
+the logit of key j loses |q|^2 s_j^2 / (2 W). Plain products add that matrix of rank one; the fused kernel gets it as
+one more coordinate of queries, |q|^2, and of keys, -s_j^2 / (2 sqrt(W)).
 
 Shape legend: B batch, T tokens, D model width, H heads, W = D / H.
 """

@@ -124,7 +124,7 @@ class LanguageModel(nn.Module, ABC):
     def row_noise(self, tokens: Tensor) -> Tensor | None:
         """Return the variance of the noise in the rows of `tokens` (B, T), (B, T); None: they are taken as exact.
 
-        Only a transformer with Re-Attention and noise levels has any (`fedlm.models.re_attention`).
+        Only a transformer with Re-Attention and noise levels has any (`fedlm.models.re_attention.attention`).
         """
         return None
 

@@ -16,8 +16,8 @@ from fedlm.errors import DataError
 from fedlm.models.attention import causal_attention
 from fedlm.models.base import LanguageModel
 from fedlm.models.layers import Dropout, Positions, empty_linear
-from fedlm.models.noise_levels import NoiseLevels
-from fedlm.models.re_attention import Noised, NoiseFlow
+from fedlm.models.re_attention.attention import Noised, NoiseFlow
+from fedlm.models.re_attention.noise_levels import NoiseLevels
 
 _WEIGHT_STD = 0.02
 

@@ -16,13 +16,13 @@ from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import empty_model
-from fedlm.privacy.terms import PrivacyTerms
-from fedlm.round_specs import Schedule
-from fedlm.strategy import strategy_of
+from fedlm.planning.device_cost import CostModel
+from fedlm.planning.touched_pages import received_probabilities
+from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.strategies.contract import strategy_of
+from fedlm.strategies.round_specs import Schedule
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import UpdateSpec
-from fedlm.training.cost import CostModel
-from fedlm.training.touched import received_probabilities
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from fedlm.experiment import Experiment
+from fedlm.planning.device_cost import CostModel
 from fedlm.planning.forecast import (
     Device,
     Payload,
@@ -21,9 +22,8 @@ from fedlm.planning.forecast import (
 )
 from fedlm.planning.settings import MOST_NOISE, Setting, settings
 from fedlm.privacy.guarantee import Guarantee
-from fedlm.privacy.terms import PrivacyTerms
+from fedlm.privacy.plan_parameters import PrivacyTerms
 from fedlm.trainable.build import build_trainable
-from fedlm.training.cost import CostModel
 
 _OF_PLAIN_SGD = (
     "memory, time and the settings that fit are of plain SGD; local.example_dp also holds the gradients of single "

@@ -11,6 +11,7 @@ import numpy as np
 from fedlm.config.schema import Config, OptionValues
 from fedlm.config.validate import problems
 from fedlm.models.base import LanguageModel
+from fedlm.planning.device_cost import CostModel
 from fedlm.planning.forecast import (
     Counts,
     Device,
@@ -21,10 +22,9 @@ from fedlm.planning.forecast import (
     round_time,
     schedule_of,
 )
-from fedlm.privacy.terms import PrivacyTerms
+from fedlm.privacy.plan_parameters import PrivacyTerms
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.spec import UpdateSpec
-from fedlm.training.cost import CostModel
 
 RANKS, ROWS, BATCHES = (0, 4, 16), (0, 2_000, 5_000, 10_000), (4, 16)
 LOSSES = ("nce", "full_softmax")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import ConfigError
-from fedlm.privacy import accounting, mechanisms
-from fedlm.privacy.cohorts import participation_rule
+from fedlm.privacy import mechanisms
+from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.mechanisms.base import Mechanism
-from fedlm.privacy.ranges import require_number
+from fedlm.privacy.sampling.cohorts import participation_rule
+from fedlm.ranges import require_number
 from fedlm.registry import COHORT_SAMPLERS, MECHANISMS
 
 
@@ -66,5 +67,5 @@ def noise_multiplier_of(config: PrivacyConfig, mechanism: Mechanism) -> float:
         return require_number("privacy.noise_multiplier", config.noise_multiplier, above=0)
     if not config.epsilon:
         raise ConfigError("privacy.epsilon = 0 and privacy.noise_multiplier = 0; give one of them")
-    require_number("privacy.delta", config.delta, low=accounting.MIN_DELTA, high=0.1)
+    require_number("privacy.delta", config.delta, low=subsampled_gaussian.MIN_DELTA, high=0.1)
     return mechanism.noise_multiplier(epsilon=config.epsilon, delta=config.delta)

@@ -1,8 +1,8 @@
 """Metrics that leave devices with noise: `privacy.metrics` names classes of `fedlm.registry.DP_METRICS`.
 
 Each is one number of a device, clipped to [0, bound], so that one device moves the sum by no more than the bound. It
-rides along with the update (`fedlm.privacy.riders.DPMetrics`) and takes `share` of the clip norm from it: the smaller,
-the noisier the metric and the less noisy the update.
+rides along with the update (`fedlm.privacy.clipping.side_queries.DPMetrics`) and takes `share` of the clip norm from
+it: the smaller, the noisier the metric and the less noisy the update.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from fedlm.config.built_in_options import NumTokensOptions, TrainLossOptions
-from fedlm.privacy.riders import Observation
+from fedlm.privacy.clipping.side_queries import Observation
 from fedlm.registry import NoOptions
 
 

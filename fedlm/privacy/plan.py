@@ -10,7 +10,7 @@ of releases.
 
 A run stores `to_json()` once and resumes with `from_json`, which takes the noise multiplier as stored:
 calibrating again could give another one under another version of the accountant. The text holds no secret:
-the key of the cohorts is kept beside it, for the operator's eyes alone (`fedlm.privacy.cohort_key`).
+the key of the cohorts is kept beside it, for the operator's eyes alone (`fedlm.privacy.sampling.cohort_key`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ import numpy.typing as npt
 from fedlm.codec import from_text
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy import accounting, cohorts
-from fedlm.privacy.adaptation import Adaptation, PrivacyState
+from fedlm.privacy.accounting import subsampled_gaussian
+from fedlm.privacy.adaptive.rule import Adaptation, PrivacyState
 from fedlm.privacy.calibration import mechanism_of, noise_multiplier_of
-from fedlm.privacy.clipper import Clipper
-from fedlm.privacy.clipping import ClippedSum
-from fedlm.privacy.cohort_key import CohortKey
-from fedlm.privacy.cohorts import DeviceIds, ParticipationLedger
-from fedlm.privacy.fixed_point import FRACTION_BITS, FloatVector, IntVector
+from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clipped_sum import ClippedSum
 from fedlm.privacy.guarantee import Guarantee, check_budget
-from fedlm.privacy.noise import MAX_STD
-from fedlm.privacy.ranges import require_count, require_number
+from fedlm.privacy.noise.fixed_point import FRACTION_BITS, FloatVector, IntVector
+from fedlm.privacy.noise.lattice import MAX_STD
+from fedlm.privacy.noise.skellam_encoding import Skellam
+from fedlm.privacy.plan_parameters import PrivacyTerms
 from fedlm.privacy.release import Floats, Release
 from fedlm.privacy.released_once import ReleasedOnce
 from fedlm.privacy.run_noise import KeyStore, RunNoise
-from fedlm.privacy.skellam import Skellam
+from fedlm.privacy.sampling import cohorts
+from fedlm.privacy.sampling.cohort_key import CohortKey
+from fedlm.privacy.sampling.cohorts import DeviceIds, ParticipationLedger
 from fedlm.privacy.statement import guarantee, parameters
-from fedlm.privacy.terms import PrivacyTerms
+from fedlm.ranges import require_count, require_number
 from fedlm.registry import COHORT_SAMPLERS
 from fedlm.trainable.spec import UpdateSpec, Vector
 
@@ -89,7 +90,7 @@ class PrivacyPlan(PrivacyTerms):
         most = min(self.fleet_size, _largest_cohort(Clipper(self.clip_norm).capacity))
         require_count("fleet.cohort", self.cohort, low=1, high=most, fix="lower fleet.cohort or add devices")
         _require_population(self.population, self.expected_cohort)
-        require_number("privacy.delta", self.delta, low=accounting.MIN_DELTA, high=0.1)
+        require_number("privacy.delta", self.delta, low=subsampled_gaussian.MIN_DELTA, high=0.1)
         require_number("privacy.epsilon", self.epsilon_target, low=0)
         rule = self.mechanism.participation
         if (rule.population, rule.cohort, rule.rounds) != (self.population, self.expected_cohort, self.rounds):
@@ -249,7 +250,7 @@ class PrivacyPlan(PrivacyTerms):
         return self.adaptation.selected_rows(state, answer_std=std)
 
     def sample_cohort(self, round_number: int) -> DeviceIds:
-        """Return the sorted ids of the devices in a round's cohort (`fedlm.privacy.cohorts`).
+        """Return the sorted ids of the devices in a round's cohort (`fedlm.privacy.sampling.cohorts`).
 
         Returns:
             (realised cohort,) int64; possibly empty.

@@ -15,11 +15,11 @@ import numpy as np
 from randomgen import AESCounter
 
 from fedlm.errors import DataError
-from fedlm.privacy.clipper import Clipper
-from fedlm.privacy.fixed_point import FRACTION_BITS, IntVector
+from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.privacy.mechanisms.base import Mechanism, RoundNoise
-from fedlm.privacy.noise import NoiseStream, fresh_key, reproducible_key
-from fedlm.privacy.skellam import Skellam
+from fedlm.privacy.noise.fixed_point import FRACTION_BITS, IntVector
+from fedlm.privacy.noise.lattice import NoiseStream, fresh_key, reproducible_key
+from fedlm.privacy.noise.skellam_encoding import Skellam
 
 
 class KeyStore(Protocol):

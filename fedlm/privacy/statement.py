@@ -10,7 +10,7 @@ from fedlm.registry import MECHANISMS
 from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
-    from fedlm.privacy.terms import PrivacyTerms
+    from fedlm.privacy.plan_parameters import PrivacyTerms
 
 _ACCOUNTANTS = {
     "pld": "PLD accounting",

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fedlm.config.schema import LoraConfig
 from fedlm.errors import DataError
+from fedlm.export.model_card import write_model_card
 from fedlm.models.base import LanguageModel
 from fedlm.models.weights import in_order
 from fedlm.privacy.guarantee import Guarantee
-from fedlm.privacy.model_card import write_model_card
 from fedlm.trainable.spec import Vector
 
 WEIGHTS = "adapter_model.safetensors"

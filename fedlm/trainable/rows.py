@@ -9,7 +9,7 @@ Each way to draw is a class, `trainable.embedding_rows.sampler` names one (`fedl
     power     inclusion probability pi_r = min(1, c p_r^alpha), sum pi_r = count; systematic sampling, so |S_t| = count
     top_k     the most frequent rows, the same every round
     cyclic    a partition of the vocabulary: every row once in each cycle of ceil(V / count) rounds
-    dp_adafest  power, until the rows that a noisy, paid map of the devices' words chose (`fedlm.privacy.adaptation`)
+    dp_adafest  power, until the rows that a noisy, paid map of the devices' words chose (`fedlm.privacy.adaptive.rule`)
 """
 
 from __future__ import annotations

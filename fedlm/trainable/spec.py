@@ -5,7 +5,7 @@ optimisers, payload figures and the wire format see only the spec and the vector
 
 The *full* spec has every coordinate that the server may change, with all V rows of the embedding; the server's state
 and the optimiser's moments live there. A *round* spec, `full.with_rows(row_ids)`, keeps only the rows of the round's
-public row set, and only the named blocks where a round trains, sends or changes some (`fedlm.strategy.Strategy`).
+public row set, and only the named blocks where a round trains, sends or changes some (`fedlm.strategies.Strategy`).
 
 >>> import numpy as np
 >>> full = UpdateSpec.build([("w", "dense", (2,)), ("input_table", "rows", (4, 3))])

@@ -24,7 +24,7 @@ from fedlm.data.batching import Batch
 from fedlm.losses.loss import loss_of
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
-from fedlm.training.work import DeviceWork, RoundWork
+from fedlm.training.device_batches import DeviceWork, RoundWork
 
 
 @dataclass(frozen=True)

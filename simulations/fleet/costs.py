@@ -2,7 +2,7 @@
 
 A cost model may compute a few sizes and interpolate, between places that depend on all the sizes it is asked for. Asked
 for a cohort, it would let one device's data decide whether another one fits into its memory, which a fleet must not
-(`server.turnout`). So it is asked once, for fixed sets of sizes, and devices look their own size up.
+(`server.participation`). So it is asked once, for fixed sets of sizes, and devices look their own size up.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.config.suggest import nearest_word
 from fedlm.errors import DataError
+from fedlm.suggest import nearest_word
 from simulations.fleet.mixes import MIXES
 
 Floats = npt.NDArray[np.float32]

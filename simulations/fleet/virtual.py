@@ -5,7 +5,7 @@ because it is not available at the virtual hour; it downloads, and then may drop
 A device knows the deadline and starts no upload that would end after it.
 
 Rounds start at fixed virtual times, `round_interval_s` apart, and never wait for the slowest device: a clock that did
-would let one device's data size decide at which hour, and so with whom, the next round runs (`server.turnout`).
+would let one device's data size decide at which hour, and so with whom, the next round runs (`server.participation`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedlm.experiment import Experiment
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.build import Trainable
-from server.turnout import (
+from server.participation import (
     DROPPED_OUT,
     NO_MEMORY,
     TOO_LATE,
@@ -52,8 +52,8 @@ def _make_fleet(profile: Profile, experiment: Experiment, trainable: Trainable) 
     config = experiment.config
     if config.fleet.is_unconstrained:
         return EveryDevice()
+    from fedlm.planning.device_cost import CostModel
     from fedlm.planning.forecast import schedule_of
-    from fedlm.training.cost import CostModel
 
     # No later round's row set is larger than the first, and with one cost, the round's that trains most, a device is
     # eligible always or never.
@@ -62,7 +62,7 @@ def _make_fleet(profile: Profile, experiment: Experiment, trainable: Trainable) 
 
 
 class VirtualFleet:
-    """Devices of a profile; fulfils `server.turnout.Fleet`.
+    """Devices of a profile; fulfils `server.participation.Fleet`.
 
     Arguments:
         experiment: Config, data sizes and which device holds which user.
@@ -86,7 +86,7 @@ class VirtualFleet:
         return {"profile": profile.name, "profile_digest": profile.digest, "classes": classes}
 
     def turnout(self, task: RoundTask) -> Turnout:
-        """Return what becomes of each device of a cohort; see `server.turnout` for what that may depend on."""
+        """Return what becomes of each device of a cohort; see `server.participation` for what that may depend on."""
         cohort, devices, t = task.cohort, self._devices, task.round_number
         num_tokens = self._experiment.store.num_tokens[self._experiment.fleet[cohort]]  # (U,)
         start_s = (t - 1) * self._config.round_interval_s

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlm.errors import WorkerError
-from simulations.grids.broadcast import BroadcastStore
 from simulations.grids.node import one_line
+from simulations.grids.object_store import BroadcastStore
 from simulations.grids.ray_session import Note, Wait
 from simulations.grids.ray_worker import Worker, WorkerPlan
 

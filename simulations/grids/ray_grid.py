@@ -25,7 +25,7 @@ from simulations.grids.flower_private import (
 )
 from simulations.grids.node import Outcome, Scalar, new_context, node_ids, one_line
 from simulations.grids.ray_fleet import MAX_RESTARTS, RayFleet
-from simulations.grids.ray_lane import Lane, Letter
+from simulations.grids.ray_queue import Lane, Letter
 from simulations.grids.ray_session import (
     WORKER_ENVIRONMENT,
     Note,

@@ -1,1 +1,1 @@
-"""Configs that ship with fedlm, and the studies made with them."""
+"""Configs that ship with fedlm."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlm.errors import DataError
-from fedlm.privacy.compare import Row
+from fedlm.privacy.mechanisms.compare import Row
 from fedlm.rounding import stamped
 from simulations.report.axes import Axis
 from simulations.report.figures import bound, figure
@@ -33,7 +33,7 @@ def noise_chart(rows: Sequence[Row], own: Mapping[str, Any] | None = None) -> Ma
     """Return prefix RMSE against epsilon, a line for each mechanism: of several with other parameters the best.
 
     Arguments:
-        rows: Of `fedlm.privacy.compare.compare`.
+        rows: Of `fedlm.privacy.mechanisms.compare.compare`.
         own: A run's `epsilon` and `prefix_rmse`, to be marked.
     """
     best: dict[str, dict[float, float]] = {}

@@ -9,8 +9,8 @@ from math import fsum, sqrt
 
 from fedlm.codec import from_text
 from fedlm.errors import DataError
-from fedlm.privacy.geometry import Geometry
-from fedlm.privacy.terms import PrivacyTerms
+from fedlm.privacy.clipping.block_scaling import Geometry
+from fedlm.privacy.plan_parameters import PrivacyTerms
 from fedlm.trainable.spec import UpdateSpec
 from simulations.report.axes import Axis, suits_log
 from simulations.report.figures import figure

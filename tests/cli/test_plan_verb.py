@@ -15,7 +15,7 @@ import pytest
 from fedlm.config.load import load_config
 from fedlm.models.factory import empty_model
 from fedlm.planning.forecast import payload, schedule_of
-from fedlm.privacy.accounting import epsilon, noise_multiplier
+from fedlm.privacy.accounting.subsampled_gaussian import epsilon, noise_multiplier
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedlm.cli.app import app
 from fedlm.errors import ConfigError, DataError, OutputError
-from fedlm.privacy import accounting
+from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.rounding import rounded_up
 
 FLEET = ["--population", "2000", "--cohort", "100", "--rounds", "60", "--delta", "1e-6"]
@@ -31,7 +31,7 @@ def answer(*words: str) -> dict[str, Any]:
 
 
 def test_defaults_are_the_poisson_sampled_gaussian() -> None:
-    spent = accounting.epsilon(sampling_probability=0.05, noise_multiplier=1.2, rounds=60, delta=1e-6)
+    spent = subsampled_gaussian.epsilon(sampling_probability=0.05, noise_multiplier=1.2, rounds=60, delta=1e-6)
     above = math.ceil(spent * 1e4) / 1e4
     assert run("epsilon", *FLEET, "--noise-multiplier", "1.2") == (
         f"epsilon {above:.4f}\n({rounded_up(spent)}, 1e-06)-differentially private for each user (add or remove one): "

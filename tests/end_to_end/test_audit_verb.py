@@ -20,12 +20,12 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.environment import QUIET_ENVIRONMENT
 from fedlm.errors import DataError
-from fedlm.privacy.clipping import ClippedSum
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.clipping.clipped_sum import ClippedSum
+from fedlm.privacy.noise.lattice import NoiseStream
 from fedlm.privacy.plan import PrivacyPlan
-from fedlm.strategy import Release, ServerOptimizer, StrategyState, Vector
-from simulations.audit import analyse
+from fedlm.strategies import Release, ServerOptimizer, StrategyState, Vector
 from simulations.run import simulate
+from simulations.run_audit import analyse
 
 CONFIG = """
 rounds = 6

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import ClippedGradients, PerExampleEngine
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.task import Task
 
 Inputs = dict[str, Tensor]

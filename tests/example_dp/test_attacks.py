@@ -17,9 +17,9 @@ from fedlm.example_dp.device_budget import device_budget
 from fedlm.example_dp.independence import check_independence
 from fedlm.example_dp.opacus_engine import OpacusEngine
 from fedlm.example_dp.passes import total_norms
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.tables.phantom import TrainedTables
-from fedlm.example_dp.tape import Tape
 from fedlm.example_dp.task import Task
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import ClipRule
-from fedlm.example_dp.modules.matrix import MatrixPiece
+from fedlm.example_dp.layers.matrix import MatrixPiece
 
 
 def _share(gradient: Tensor, x: Tensor) -> float:

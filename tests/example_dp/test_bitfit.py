@@ -22,7 +22,7 @@ from fedlm.randomness import round_key
 from fedlm.trainable.added_biases import add_biases
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.parts import dense
-from fedlm.training.group import GroupTrainer
+from fedlm.training.grouped.trainer import GroupTrainer
 from fedlm.training.local import LocalTrainer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlm.privacy.accounting import epsilon
+from fedlm.privacy.accounting.subsampled_gaussian import epsilon
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "example_dp.md").read_text()

@@ -19,8 +19,8 @@ from fedlm.config.schema import ExampleDpConfig
 from fedlm.errors import BudgetExceededError, ConfigError, FedlmError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.plan import ExamplePlan, Phase
-from fedlm.privacy import accounting
-from fedlm.privacy.composition import Event, composed_epsilon
+from fedlm.privacy.accounting import subsampled_gaussian
+from fedlm.privacy.accounting.composition import Event, composed_epsilon
 from fedlm.privacy.guarantee import to_dict
 
 GIVEN = ExampleDpConfig(enabled=True, noise_multiplier=1.5, clip_norm=0.25)
@@ -52,7 +52,7 @@ def test_calibrated_noise_spends_the_target_over_all_phases(steps: tuple[int, ..
     plan = plan_of(ExampleDpConfig(enabled=True, epsilon=3.0), steps=steps)
     z = plan.phases[0].noise_multiplier
     assert {phase.noise_multiplier for phase in plan.phases} == {z}
-    spent = accounting.epsilon(sampling_probability=0.1, noise_multiplier=z, rounds=60, delta=1e-5)
+    spent = subsampled_gaussian.epsilon(sampling_probability=0.1, noise_multiplier=z, rounds=60, delta=1e-5)
     assert plan.epsilon(60) == spent
     assert 2.99 < spent <= 3.0
     assert 0 == plan.epsilon(0) < plan.epsilon(1) < plan.epsilon(59) < spent

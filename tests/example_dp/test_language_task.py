@@ -16,7 +16,7 @@ from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.example_dp.language import LanguageTask, Sequences
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.losses.nce import nce_loss
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.losses.sampled_softmax import sampled_softmax_loss

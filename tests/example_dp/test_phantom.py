@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.errors import ConfigError
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.tables.phantom import TrainedTables
-from fedlm.example_dp.tape import Tape
 from fedlm.losses.full_softmax import full_softmax_loss
 from fedlm.losses.nce import nce_loss
 from fedlm.losses.sampled_softmax import sampled_softmax_loss

@@ -15,7 +15,7 @@ from fedlm.data.examples import TextRows
 from fedlm.errors import DataError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
-from fedlm.example_dp.tape import Tape
+from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.finetuning.classification import ClassificationTask, Texts, accuracy, check_labels, logits
 from fedlm.models.encoders import Encoder, load_encoder
 

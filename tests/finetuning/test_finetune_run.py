@@ -126,7 +126,7 @@ def test_two_phases_compose_and_save_what_trained_in_either(tmp_path: Path, file
 def save_small_base(folder: Path) -> Path:
     from fedlm.data.vocabulary import load_vocabulary
     from fedlm.models.weights import weights
-    from fedlm.training.base import save_base
+    from fedlm.pretraining.cache import save_base
 
     config = load_config(None, [*SMALL, f"model.base='{folder}'"])
     return save_base(config, weights(build_model(config, load_vocabulary(config).frequencies, 1)), {})
@@ -169,7 +169,7 @@ def test_an_interrupted_run_says_what_was_lost(tmp_path: Path, files: list[str])
 
 def test_a_prompt_is_read_but_not_predicted(tmp_path: Path, files: list[str]) -> None:
     """The loss counts the answer alone, and depends on the prompt."""
-    from fedlm.example_dp.tape import Tape
+    from fedlm.example_dp.per_example_gradients import Tape
 
     workload = LanguageWorkload(load_config(None, [*SMALL, *files]), lambda event: None)
     task, batch = workload.task(everything=True), workload.examples.batch(np.array([0]))

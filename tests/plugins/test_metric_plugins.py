@@ -11,7 +11,7 @@ from tiny_job import Job
 from fedlm.codec import decode, encode
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
-from fedlm.privacy.riders import DPMetrics, Facts, Observation, Rider
+from fedlm.privacy.clipping.side_queries import DPMetrics, Facts, Observation, Rider
 
 RARE = '''
     """Perplexity of rare words alone."""

@@ -54,7 +54,7 @@ def test_only_classes_that_say_so_have_checks(found: Registry[Any], name: str) -
 
 def test_an_entry_point_is_used_by_its_name(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.write(
-        "installed_steps", '"""As a package would have it."""\nfrom server.strategies.fedavg import FedAvg as Steps\n'
+        "installed_steps", '"""As a package would have it."""\nfrom fedlm.strategies.fedavg import FedAvg as Steps\n'
     )
     points = EntryPoints(
         [
@@ -84,7 +84,7 @@ def test_a_node_needs_no_plug_in_of_the_server(job: Job) -> None:
         """
         from dataclasses import dataclass
         from fedlm.config.schema import option
-        from server.strategies.fedavg import FedAvg
+        from fedlm.strategies.fedavg import FedAvg
 
         @dataclass(frozen=True)
         class FarOptions:

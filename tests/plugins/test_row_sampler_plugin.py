@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from tiny_job import Job
 
 from fedlm.config.load import load_config
-from fedlm.training.touched import received_probabilities
+from fedlm.planning.touched_pages import received_probabilities
 
 STRIDE = '''
     """Every n-th row."""

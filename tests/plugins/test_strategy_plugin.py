@@ -19,7 +19,7 @@ SIGN = '''
     import numpy as np
 
     from fedlm.config.schema import option
-    from fedlm.strategy import ServerOptimizer
+    from fedlm.strategies import ServerOptimizer
 
 
     @dataclass(frozen=True)

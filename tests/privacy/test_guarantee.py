@@ -15,8 +15,8 @@ from fedlm.config.schema import ExampleDpConfig, PrivacyConfig
 from fedlm.errors import BudgetExceededError
 from fedlm.example_dp.device_budget import DeviceBudget, device_budget
 from fedlm.example_dp.plan import ExamplePlan
+from fedlm.export.model_card import write_model_card
 from fedlm.privacy.guarantee import Guarantee, check_budget, to_dict, to_lines
-from fedlm.privacy.model_card import write_model_card
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.released_once import ReleasedOnce
 from fedlm.rounding import rounded_up

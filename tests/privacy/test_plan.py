@@ -21,8 +21,8 @@ from scipy import stats
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, Clipper, PrivacyPlan
-from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.guarantee import to_dict
+from fedlm.privacy.sampling.cohort_key import CohortKey
 from fedlm.randomness import round_key, stream
 
 SIZE = 100_000

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from clients.partial_sum import KeptSum
+from clients.node_sum import KeptSum
 from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.randomness import seed_key, stream
-from server import exchange as exchange_module
 from server import nodes as nodes_module
-from server.dispatch import Dispatcher
-from server.exchange import Order
+from server.transport import exchange as exchange_module
+from server.transport.dispatch import Dispatcher
+from server.transport.exchange import Order
 from simulations.grids.base import LocalGrid
 from simulations.grids.flower_private import APP_ERROR, WORKER_LOST, error_reply
 

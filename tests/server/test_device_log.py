@@ -11,7 +11,7 @@ import pytest
 from fedlm.errors import OutputError
 from fedlm.trainable.spec import UpdateSpec
 from server.device_log import NAME, DeviceLog
-from server.turnout import OUTCOMES, RoundTask, Turnout
+from server.participation import OUTCOMES, RoundTask, Turnout
 
 SPEC = UpdateSpec.build([("w", "dense", (3,))])
 

@@ -12,15 +12,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from clients.host import DeviceHost
-from clients.partial_sum import KeptSum
+from clients.node_sum import KeptSum
 from fedlm.codec import to_text
 from fedlm.config.schema import Config
 from fedlm.errors import WorkerError
 from fedlm.experiment import Experiment
 from fedlm.messages import EMPTY_IDS, EMPTY_VECTOR, Broadcast, TrainReply, TrainRequest
-from fedlm.privacy.clipper import Clipper
+from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.randomness import round_key
-from fedlm.training.group import GroupResult, GroupTrainer
+from fedlm.training.grouped.trainer import GroupResult, GroupTrainer
 from server.app import ensure_base
 from simulations.run import simulate
 

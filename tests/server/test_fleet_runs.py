@@ -25,8 +25,8 @@ from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.privacy.plan import PrivacyPlan
 from server import app as server
+from server.participation import DROPPED_OUT, TRAINS, RoundTask, Turnout
 from server.run_guarantee import run_guarantee
-from server.turnout import DROPPED_OUT, TRAINS, RoundTask, Turnout
 from simulations.grids.inprocess import InProcessGrid
 from simulations.run import resume, simulate
 

@@ -11,7 +11,7 @@ from clients.host import DeviceHost
 from fedlm.config.load import load_config
 from fedlm.models.transformer import TransformerModel
 from fedlm.trainable.build import build_trainable
-from fedlm.training.released_noise import released_noise
+from fedlm.training.user_level_noise import released_noise
 from simulations.run import simulate
 
 SETTINGS = (

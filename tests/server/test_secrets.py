@@ -20,11 +20,11 @@ from tiny_private_runs import TINY, StoppedError, lines, quiet, stop_in
 from fedlm.config.load import config_to_toml
 from fedlm.config.schema import Config
 from fedlm.errors import DataError
-from fedlm.privacy.cohort_key import CohortKey
 from fedlm.privacy.plan import PrivacyPlan
+from fedlm.privacy.sampling.cohort_key import CohortKey
 from fedlm.randomness import round_key, seed_key
 from fedlm.rounding import rounded_up
-from server.cohort_key import NAME
+from server.cohort_key_file import NAME
 from server.run_folder import RunFolder
 from simulations.grids.inprocess import InProcessGrid
 from simulations.run import resume, simulate

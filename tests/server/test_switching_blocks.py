@@ -19,7 +19,7 @@ from fedlm.config.load import config_to_toml
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment
-from fedlm.strategy import Release, ServerOptimizer, Strategy, StrategyState, UpdateSpec, Vector
+from fedlm.strategies import Release, ServerOptimizer, Strategy, StrategyState, UpdateSpec, Vector
 from server import app as server
 from simulations.grids.inprocess import InProcessGrid
 from simulations.run import resume, simulate

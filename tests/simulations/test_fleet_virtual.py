@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
 from fedlm.trainable.spec import UpdateSpec
-from server.turnout import DROPPED_OUT, NO_MEMORY, TOO_LATE, TRAINS, UNAVAILABLE, RoundTask, Turnout
+from server.participation import DROPPED_OUT, NO_MEMORY, TOO_LATE, TRAINS, UNAVAILABLE, RoundTask, Turnout
 from simulations.fleet.profile import load_profile, parse_profile
 from simulations.fleet.virtual import VirtualFleet
 

@@ -11,8 +11,8 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights
+from fedlm.pretraining.cache import WEIGHTS, base_folder, load_base, save_base
 from fedlm.trainable.build import Trainable, build_trainable
-from fedlm.training.base import WEIGHTS, base_folder, load_base, save_base
 
 V = 50
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlm.errors import DataError
-from fedlm.privacy.clipper import Clipper
-from fedlm.privacy.fixed_point import FRACTION_BITS
+from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.noise.fixed_point import FRACTION_BITS
 from fedlm.trainable.parts import Part, check_parts, dense
 
 SIZE = 40

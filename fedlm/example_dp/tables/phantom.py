@@ -37,11 +37,11 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.errors import ConfigError
+from fedlm.example_dp.per_example_gradients import Contribution, Tape
 from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
 from fedlm.example_dp.tables.row_pairs import RowPairs
 from fedlm.example_dp.tables.sampled_head import SampledHead
 from fedlm.example_dp.tables.streamed_softmax import StreamedSoftmax
-from fedlm.example_dp.tape import Contribution, Tape
 from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 
 

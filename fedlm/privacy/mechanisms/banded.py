@@ -25,14 +25,14 @@ import numpy as np
 from fedlm.codec import coded
 from fedlm.config.built_in_options import BandedOptions
 from fedlm.errors import ConfigError
-from fedlm.privacy import accounting
+from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.mechanisms import toeplitz
 from fedlm.privacy.mechanisms.base import Floats, Participation, Request, RoundNoise
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
-from fedlm.privacy.noise import NoiseStream
-from fedlm.privacy.ranges import require_count, require_number
+from fedlm.privacy.noise.lattice import NoiseStream
+from fedlm.ranges import require_count, require_number
 
 
 @coded
@@ -131,7 +131,7 @@ class Banded(Unsampled):
         z, releases = self._checked(noise_multiplier, num_releases)
         if not releases:
             return 0.0
-        return accounting.epsilon(
+        return subsampled_gaussian.epsilon(
             sampling_probability=self.participation.sampling_probability,
             noise_multiplier=z / self._column_norm(releases),
             rounds=self._sampled_rounds(releases),
@@ -143,7 +143,7 @@ class Banded(Unsampled):
         if not self.amplified:
             return super().noise_multiplier(epsilon=epsilon, delta=delta)
         rounds = self.participation.rounds
-        one_round = accounting.noise_multiplier(
+        one_round = subsampled_gaussian.noise_multiplier(
             sampling_probability=self.participation.sampling_probability,
             rounds=self._sampled_rounds(rounds),
             epsilon=epsilon,

@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from fedlm.codec import coded, union
 from fedlm.config.schema import Config
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise.lattice import NoiseStream
 from fedlm.registry import COHORT_SAMPLERS, MECHANISMS, ROW_SAMPLERS, NoOptions
 from fedlm.rounding import rounded_up
 
 if TYPE_CHECKING:
-    from fedlm.privacy.skellam import Skellam
+    from fedlm.privacy.noise.skellam_encoding import Skellam
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,7 +36,7 @@ class Participation:
     """Who can be in which cohort: what the sampler does and the accountant assumes.
 
     Arguments:
-        sampler: One of `fedlm.registry.COHORT_SAMPLERS` (`fedlm.privacy.samplers`).
+        sampler: One of `fedlm.registry.COHORT_SAMPLERS` (`fedlm.privacy.sampling.cohort_samplers`).
         population: N, users that can be sampled.
         cohort: n, expected devices a round.
         rounds: T.

@@ -31,8 +31,8 @@ from fedlm.privacy.mechanisms.base import Floats, Participation, Request, RoundN
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
-from fedlm.privacy.noise import NoiseStream
-from fedlm.privacy.ranges import require_count
+from fedlm.privacy.noise.lattice import NoiseStream
+from fedlm.ranges import require_count
 
 MAX_BUFFERS = 4
 # Gaps of poles and zeros on the logistic scale: closer ones cancel digits, wider ones do nothing.

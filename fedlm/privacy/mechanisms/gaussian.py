@@ -4,8 +4,8 @@ private recurrent language models", 2018, https://arxiv.org/abs/1710.06963).
     release_t = x_t + z Z_t,    C = identity
 
 What it costs is decided by the sampler. Poisson: T-fold Poisson-sampled Gaussian; truncated Poisson: the same with
-what a cap on the cohort adds (`fedlm.privacy.accounting`). Fixed-size and separated cohorts: no amplification, k-fold
-Gaussian.
+what a cap on the cohort adds (`fedlm.privacy.accounting.subsampled_gaussian`). Fixed-size and separated cohorts: no
+amplification, k-fold Gaussian.
 
 Exact: the unsampled law. From above: the sampled ones. A device sends nothing for it.
 """
@@ -19,12 +19,12 @@ from typing import ClassVar
 import numpy as np
 
 from fedlm.codec import coded
-from fedlm.privacy import accounting
+from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import IndependentNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
-from fedlm.privacy.ranges import require_count
+from fedlm.ranges import require_count
 
 
 @coded
@@ -79,11 +79,11 @@ class Gaussian(Unsampled):
             return super().epsilon(noise_multiplier=noise_multiplier, num_releases=num_releases, delta=delta)
         require_count("num_releases", num_releases, high=self.participation.rounds)
         if self.participation.sampler == "truncated_poisson":
-            return accounting.truncated_epsilon(
+            return subsampled_gaussian.truncated_epsilon(
                 **self._truncated, noise_multiplier=noise_multiplier, rounds=num_releases, delta=delta
             )
         q = self.participation.sampling_probability
-        return accounting.epsilon(
+        return subsampled_gaussian.epsilon(
             sampling_probability=q, noise_multiplier=noise_multiplier, rounds=num_releases, delta=delta
         )
 
@@ -93,9 +93,11 @@ class Gaussian(Unsampled):
             return super().noise_multiplier(epsilon=epsilon, delta=delta)
         rounds = self.participation.rounds
         if self.participation.sampler == "truncated_poisson":
-            return accounting.truncated_noise_multiplier(**self._truncated, rounds=rounds, epsilon=epsilon, delta=delta)
+            return subsampled_gaussian.truncated_noise_multiplier(
+                **self._truncated, rounds=rounds, epsilon=epsilon, delta=delta
+            )
         q = self.participation.sampling_probability
-        return accounting.noise_multiplier(sampling_probability=q, rounds=rounds, epsilon=epsilon, delta=delta)
+        return subsampled_gaussian.noise_multiplier(sampling_probability=q, rounds=rounds, epsilon=epsilon, delta=delta)
 
     def realised_epsilon(
         self, *, noise_multiplier: float, num_releases: int, delta: float, separation: int, max_participations: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedlm.errors import ConfigError
 from fedlm.privacy.mechanisms.base import Participation
-from fedlm.privacy.ranges import require_count
+from fedlm.ranges import require_count
 from fedlm.registry import COHORT_SAMPLERS
 
 ADD_OR_REMOVE = "add or remove one user"

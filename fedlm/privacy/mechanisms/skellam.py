@@ -2,11 +2,13 @@
 
     release_t = sum over devices of (rounded update + Skellam(mu / D)) + Skellam(mu (1 - reports / D)),   C = identity
 
-The noise is the devices' own: `fedlm.privacy.skellam` is what they encode with, and the sum is only ever seen with at
-least as much noise as its devices brought. This file says who can be in a cohort and what the releases cost: the
-analyst, who sees them alone, and the server, which knows the cohorts and sees the sums before the last term is added.
+The noise is the devices' own: `fedlm.privacy.noise.skellam_encoding` is what they encode with, and the sum is only ever
+seen with at least as much noise as its devices brought. This file says who can be in a cohort and what the releases
+cost: the analyst, who sees them alone, and the server, which knows the cohorts and sees the sums before the last term
+is added.
 
-From above: everything, by Renyi divergences (`fedlm.privacy.rdp`). A device sends m bits for each padded coordinate.
+From above: everything, by Renyi divergences (`fedlm.privacy.accounting.rdp`). A device sends m bits for each padded
+coordinate.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from typing import ClassVar, NoReturn
 from fedlm.codec import coded
 from fedlm.config.built_in_options import SkellamOptions
 from fedlm.errors import ConfigError
-from fedlm.privacy import rdp
+from fedlm.privacy.accounting import rdp
 from fedlm.privacy.mechanisms.base import Mechanism, Participation, Request
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.privacy.mechanisms.participations import ADD_OR_REMOVE, ZERO_OUT, check, most_participations, sampling_clause
-from fedlm.privacy.ranges import require_count, require_number
-from fedlm.privacy.skellam import Skellam, largest_cohort, least_noise
+from fedlm.privacy.noise.skellam_encoding import Skellam, largest_cohort, least_noise
+from fedlm.ranges import require_count, require_number
 from fedlm.rounding import rounded_up
 
 

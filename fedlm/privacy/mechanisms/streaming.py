@@ -1,7 +1,7 @@
 """Noise of consecutive rounds that remembers earlier draws: the loop over chunks that all correlated mechanisms share.
 
 Buffers hold draws of N(0, 1) in fp64, before rounding and in no unit of the data: the release of a round is a function
-of the ideal `x_t + (C^-1 Z)_t` alone, by the argument of `fedlm.privacy.noise`. They are fp64 because their own
+of the ideal `x_t + (C^-1 Z)_t` alone, by the argument of `fedlm.privacy.noise.lattice`. They are fp64 because their own
 rounding acts as a difference between the noise that is drawn and the noise that is accounted: over 10^7 coordinates
 and 2,000 rounds it moves the privacy loss by some sqrt(2e10) * 2^-53 = 1e-11; with fp32 the same estimate is 0.01.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlm.privacy.mechanisms.base import Floats
-from fedlm.privacy.noise import MAX_STD, NoiseStream, Uncopied, add_on_lattice, chunks
+from fedlm.privacy.noise.lattice import MAX_STD, NoiseStream, Uncopied, add_on_lattice, chunks
 
 
 class StreamedNoise(Uncopied, ABC):

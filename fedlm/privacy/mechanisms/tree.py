@@ -32,7 +32,7 @@ from fedlm.privacy.mechanisms.base import Floats, Participation, RoundNoise
 from fedlm.privacy.mechanisms.participations import check, most_participations, sampling_clause
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
 from fedlm.privacy.mechanisms.unsampled import Unsampled
-from fedlm.privacy.noise import NoiseStream
+from fedlm.privacy.noise.lattice import NoiseStream
 
 # For each gap that is left after a block: the largest sum of squares (counts,) by the number of rounds in it, -1: none.
 Outcomes = dict[int, npt.NDArray[np.int64]]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from fedlm.privacy import accounting
+from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.mechanisms.base import Mechanism
 from fedlm.privacy.mechanisms.participations import ZERO_OUT
-from fedlm.privacy.ranges import require_count, require_number
+from fedlm.ranges import require_count, require_number
 
 
 class Unsampled(Mechanism):
@@ -46,11 +46,11 @@ class Unsampled(Mechanism):
     def epsilon(self, *, noise_multiplier: float, num_releases: int, delta: float) -> float:
         """Return epsilon after the first `num_releases` of T rounds."""
         z, releases = self._checked(noise_multiplier, num_releases)
-        return accounting.gaussian_epsilon(self.sensitivity(releases) / z, delta)
+        return subsampled_gaussian.gaussian_epsilon(self.sensitivity(releases) / z, delta)
 
     def noise_multiplier(self, *, epsilon: float, delta: float) -> float:
         """Return the smallest z whose T releases cost at most `epsilon`."""
-        return self.sensitivity(self.participation.rounds) / accounting.gaussian_mu(epsilon, delta)
+        return self.sensitivity(self.participation.rounds) / subsampled_gaussian.gaussian_mu(epsilon, delta)
 
     def realised_epsilon(
         self, *, noise_multiplier: float, num_releases: int, delta: float, separation: int, max_participations: int
@@ -61,7 +61,7 @@ class Unsampled(Mechanism):
         if not require_count("max_participations", max_participations):
             return 0.0
         moved = self.sensitivity(releases, separation=separation, max_participations=max_participations)
-        return accounting.gaussian_epsilon(moved / z, delta)
+        return subsampled_gaussian.gaussian_epsilon(moved / z, delta)
 
     def _checked(self, noise_multiplier: float, num_releases: int) -> tuple[float, int]:
         z = require_number("noise_multiplier", noise_multiplier, above=0, fix="no noise means no privacy")

@@ -17,7 +17,7 @@ from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Floats
 from fedlm.privacy.mechanisms.blt import Blt
 from fedlm.privacy.mechanisms.tree import Tree, TreeNoise, zeta
-from fedlm.privacy.noise import NoiseStream, reproducible_key
+from fedlm.privacy.noise.lattice import NoiseStream, reproducible_key
 
 
 def patterns(rounds: int, separation: int, most: int) -> Iterator[Floats]:

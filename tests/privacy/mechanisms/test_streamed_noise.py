@@ -14,7 +14,7 @@ from fedlm.privacy.mechanisms.banded import Banded
 from fedlm.privacy.mechanisms.base import Floats, RoundNoise
 from fedlm.privacy.mechanisms.blt import Blt
 from fedlm.privacy.mechanisms.streaming import StreamedNoise
-from fedlm.privacy.noise import NoiseStream, add_on_lattice, reproducible_key
+from fedlm.privacy.noise.lattice import NoiseStream, add_on_lattice, reproducible_key
 
 ROUNDS, STD = 37, 0.7 * 2.0**40
 RULE = Participation("separated", 50, 5, ROUNDS, separation=10)

@@ -1,0 +1,1 @@
+"""Pretraining of the public base model, and its cache by content."""

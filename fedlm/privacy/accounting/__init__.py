@@ -1,0 +1,1 @@
+"""Accounting of epsilon: the subsampled Gaussian mechanism, composition of events, Renyi divergences."""

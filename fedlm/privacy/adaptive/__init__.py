@@ -1,0 +1,1 @@
+"""What follows from earlier releases: the clip norm, the noise allocation over kinds of blocks, the chosen rows."""

@@ -1,0 +1,77 @@
+"""What clips: the clip norm, the coordinates in which it is applied, and what else a round asks of a device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from fedlm.codec import coded
+from fedlm.errors import ConfigError
+from fedlm.privacy.clipping.block_scaling import Geometry
+from fedlm.privacy.clipping.side_queries import Rider, update_share
+from fedlm.privacy.noise.fixed_point import CAPACITY, CAPACITY_UNCLIPPED, UNITS
+from fedlm.privacy.noise.skellam_encoding import Skellam
+from fedlm.ranges import require_number
+
+if TYPE_CHECKING:
+    from fedlm.privacy.clipping.clipped_sum import ClippedSum
+
+
+@coded
+@dataclass(frozen=True)
+class Clipper:
+    """The part of a plan that a node gets: it can clip and sum, and knows neither seed nor noise.
+
+    Arguments:
+        clip_norm: C, or infinity when the plan does not clip.
+        geometry: Coordinates in which to clip; None: those of the update.
+        riders: Further queries of the round.
+        encoder: Where each device adds its share of the noise itself: how.
+    """
+
+    clip_norm: float
+    geometry: Geometry | None = None
+    riders: tuple[Rider, ...] = ()
+    encoder: Skellam | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse norms whose fixed-point factors would leave the range of fp64, and riders that leave no update."""
+        if self.clip_norm != math.inf:
+            require_number("privacy.clip_norm", self.clip_norm, low=1e-12, high=1e12)
+        elif self.geometry or self.riders or self.encoder:
+            raise ConfigError("without clipping there is no geometry, rider or encoder; set privacy.enabled = true")
+        if not all(rider.share > 0 for rider in self.riders) or sum(rider.share**2 for rider in self.riders) > 0.5:
+            shares = {rider.name: rider.share for rider in self.riders}
+            raise ConfigError(
+                f"the queries beside the update take the shares {shares}, their squares at most 0.5 in all"
+            )
+
+    @cached_property
+    def update_share(self) -> float:
+        """a_0: the update's part of the clip norm."""
+        return update_share(self.riders)
+
+    @cached_property
+    def num_answers(self) -> int:
+        """Q: coordinates of all riders' answers."""
+        return sum(rider.size for rider in self.riders)
+
+    @property
+    def unit(self) -> float:
+        """What 1 in the integer vector stands for."""
+        return 1 / UNITS if self.clip_norm == math.inf else self.clip_norm / UNITS
+
+    @property
+    def capacity(self) -> int:
+        """How many devices one sum can hold without overflow."""
+        if self.encoder:
+            return self.encoder.max_devices
+        return CAPACITY_UNCLIPPED if self.clip_norm == math.inf else CAPACITY
+
+    def new_sum(self, size: int) -> ClippedSum:
+        """Return an empty sum of `size` coordinates."""
+        from fedlm.privacy.clipping import clipped_sum  # whose sums know their clipper
+
+        return clipped_sum.new_sum(size, self)

@@ -1,0 +1,1 @@
+"""Local training of many devices in one batched program, with the updates that each would compute alone."""

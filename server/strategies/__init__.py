@@ -1,1 +1,0 @@
-"""Built-in strategies, one paper a file; `fedlm.registry.STRATEGIES` names them."""

@@ -1,0 +1,1 @@
+"""Studies: a paper's claim or a comparison, measured by runs of the recipes."""
