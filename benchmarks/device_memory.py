@@ -30,7 +30,7 @@ from benchmarks.device_step import Device, _drop_from_page_cache
 from benchmarks.measure import machine, reset_peak, status_mb
 from fedlm.config.load import load_config
 from fedlm.config.schema import Config
-from fedlm.data.vocabulary import load_vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.experiment import Experiment
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights

@@ -34,13 +34,14 @@ from benchmarks.measure import machine, reset_peak, status_mb
 from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.data.batching import local_batches
-from fedlm.data.vocabulary import load_vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.experiment import Experiment
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights
 from fedlm.pretraining.cache import WEIGHTS, load_base, save_base
 from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import round_key, stream
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.rows import row_set
@@ -173,7 +174,7 @@ class Device:
 
     def clip(self, update: np.ndarray) -> None:
         """Clip the update into a sum of one device: what a device sends."""
-        Clipper(0.3).new_sum(len(update)).add(update)
+        new_sum(Clipper(0.3), len(update)).add(update)
 
 
 def _receive_patch(spec: UpdateSpec, blocks: dict[str, np.ndarray]) -> None:

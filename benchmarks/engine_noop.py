@@ -37,6 +37,7 @@ from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
 from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from server.transport.dispatch import Dispatcher
 from server.transport.exchange import Order
 from simulations.grids.ray_grid import RayGrid
@@ -228,7 +229,7 @@ def _streamed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: fl
 def _summed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: float) -> int:
     """One round of the product's dispatcher."""
     clipper, cohort = Clipper(CLIP_NORM), np.arange(num_devices)
-    total = clipper.new_sum(record["model"].shape[0])
+    total = new_sum(clipper, record["model"].shape[0])
 
     def take(partial: PartialSum) -> None:
         fields = {"clip_norm": CLIP_NORM, "num_devices": partial.num_devices}

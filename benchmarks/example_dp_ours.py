@@ -25,7 +25,8 @@ from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Task
 from fedlm.models.pretrained import PretrainedModel
-from fedlm.trainable.build import INPUT_TABLE, Trainable, build_trainable
+from fedlm.models.table_names import INPUT_TABLE
+from fedlm.trainable.build import Trainable, build_trainable
 
 _TRAINED = {
     "full": ["trainable.dense=['*']"],

@@ -34,6 +34,7 @@ from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
 from fedlm.models.factory import build_model
 from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import round_key
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.parts import dense
@@ -106,7 +107,7 @@ class Worker:
 
     def cohort(self, tokens: Sequence[np.ndarray], devices: Sequence[int], *, grouped: bool) -> None:
         """Train, clip each device and sum; in groups where they are asked for and the model allows it."""
-        total = self._clipper.new_sum(self.spec.size)
+        total = new_sum(self._clipper, self.spec.size)
         if self.groups is None or not grouped:
             for text, device in zip(tokens, devices, strict=True):
                 total.add(self.local.train(text, key=KEY, device=device).update)

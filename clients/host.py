@@ -39,7 +39,7 @@ from fedlm.messages import (
 )
 from fedlm.models.transformer import TransformerModel
 from fedlm.privacy.clipping.clipped_sum import ClippedSum, ClipRecord
-from fedlm.privacy.clipping.side_queries import NO_WORDS, Facts
+from fedlm.privacy.clipping.query_input import NO_WORDS, Facts
 from fedlm.trainable.parts import Part, restricted
 from fedlm.training import matmul_backend
 from fedlm.training.dp_local import PrivateLocalTrainer

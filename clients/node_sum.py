@@ -10,7 +10,7 @@ import numpy as np
 from fedlm.codec import from_text
 from fedlm.messages import PartialSum, TrainRequest
 from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.clipped_sum import ClippedSum
+from fedlm.privacy.clipping.clipped_sum import ClippedSum, new_sum
 
 EMPTY = np.empty(0, np.int64)
 
@@ -34,7 +34,7 @@ class KeptSum:
         if self._total is None or request.sum_name != self._name:
             self._drop()  # before the new one is made: two would be twice the memory
             clipper = from_text(Clipper, request.clipper, where="clipper of the request")
-            self._name, self._total = request.sum_name, clipper.new_sum(size)
+            self._name, self._total = request.sum_name, new_sum(clipper, size)
         try:
             yield self._total
         except BaseException:

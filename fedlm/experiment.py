@@ -14,7 +14,8 @@ from fedlm.audit.canaries import Canaries
 from fedlm.config.schema import Config
 from fedlm.config.validate import validate_sizes
 from fedlm.data.store import TokenStore, build_store
-from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
+from fedlm.data.vocabulary import Vocabulary, vocabulary_from_tokenizer
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.errors import ConfigError
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS, build_model, empty_model

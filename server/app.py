@@ -14,6 +14,7 @@ from fedlm.config.load import config_from_toml, config_to_toml
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment, is_pretrained, starts_from_base
+from fedlm.export.adapter import save_adapter
 from fedlm.planning.forecast import schedule_of, structure
 from fedlm.pretraining.cache import base_folder, has_base
 from fedlm.pretraining.train import pretrain
@@ -22,7 +23,6 @@ from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.sampling.cohort_key import CohortKey
 from fedlm.registry import MECHANISMS
 from fedlm.strategies.contract import strategy_of
-from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import Trainable, build_trainable
 from fedlm.trainable.rows import sampler_of
 from fedlm.training.grouped.trainer import why_not_grouped

@@ -17,7 +17,7 @@ from fedlm.codec import to_text
 from fedlm.experiment import Experiment
 from fedlm.losses.evaluation import Score
 from fedlm.messages import PartialSum, TrainRequest
-from fedlm.privacy.clipping.clipped_sum import ClippedSum
+from fedlm.privacy.clipping.clipped_sum import ClippedSum, new_sum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
 from fedlm.strategies import Strategy, StrategyState
@@ -172,7 +172,7 @@ class Engine:
     def _collect(self, opened: Round) -> tuple[ClippedSum, CohortReport]:
         """Let the nodes train the round's devices; returns the exact sum and what the simulation saw."""
         training, clip = opened.turnout.training, opened.clip
-        total, report = clip.new_sum(opened.specs.sends.size), CohortReport(len(training), clip.clip_norm)
+        total, report = new_sum(clip, opened.specs.sends.size), CohortReport(len(training), clip.clip_norm)
 
         def take(partial: PartialSum) -> None:
             total.add_arrays(partial.total, {"clip_norm": clip.clip_norm, "num_devices": partial.num_devices})

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 import fedlm
 from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import round_key
 from fedlm.strategies.fedavg import FedAvg
 from fedlm.strategies.round_specs import RoundSpecs
@@ -47,7 +48,7 @@ def federated_round(
     """Return the server's state after round t."""
     clip = plan.clipper(state.privacy, specs.sends, t)  # public: every device gets it
     blocks = (specs.moves.full or specs.moves).views(state.model.values)
-    total = clip.new_sum(specs.sends.size)  # integers: the order of devices cannot change it
+    total = new_sum(clip, specs.sends.size)  # integers: the order of devices cannot change it
     for device in plan.sample_cohort(t).tolist():
         total.add_parts(devices(specs.moves, blocks, t, device))  # clips, then adds
     release: fedlm.Release = plan.release(total, t, specs.sends)  # noised; the sum is empty from here on

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.config.schema import Config
 from fedlm.data.words import (
     PAD_MASS,
     SPECIALS,
@@ -102,31 +101,6 @@ class Vocabulary:
         return self.codec.decode(ids)
 
 
-def load_vocabulary(config: Config) -> Vocabulary:
-    """Return the vocabulary that `config.vocabulary` describes.
-
-    Arguments:
-        config: `vocabulary.source` is "wordfreq" (with the synthetic corpus: that corpus's own words) or a
-            tokenizer.json file, whose size `vocabulary.size` must then equal.
-
-    Raises:
-        DataError: The source is missing, or has fewer entries than `vocabulary.size`.
-    """
-    source, size = config.vocabulary.source, config.vocabulary.size
-    if source == "wordfreq":
-        if config.data.corpus == "synthetic":
-            from fedlm.data.synthetic import synthetic_vocabulary
-
-            return synthetic_vocabulary(config)
-        return _vocabulary_from_wordfreq(size)
-    if source == "model":
-        raise DataError(
-            f"vocabulary.source 'model' needs a pretrained model, but model.name is {config.model.name!r}; "
-            "set it to a Hugging Face folder or GGUF file, or set vocabulary.source to wordfreq"
-        )
-    return _vocabulary_from_file(source, size)
-
-
 def vocabulary_from_words(words: Sequence[str], frequencies: npt.NDArray[np.float64], name: str) -> Vocabulary:
     """Return a vocabulary of `SPECIALS` and then `words`, with their public frequencies (V,)."""
     all_words = (*SPECIALS, *words)
@@ -177,7 +151,7 @@ def vocabulary_from_tokenizer(
     )
 
 
-def _vocabulary_from_wordfreq(size: int) -> Vocabulary:
+def vocabulary_from_wordfreq(size: int) -> Vocabulary:
     """Take the most frequent public words and marks; the mass of all others goes to <unk>."""
     masses = public_word_frequencies()
     largest = len(masses) + len(SPECIALS)
@@ -190,7 +164,7 @@ def _vocabulary_from_wordfreq(size: int) -> Vocabulary:
     return vocabulary_from_words(tuple(kept), frequencies, "wordfreq")
 
 
-def _vocabulary_from_file(source: str, size: int) -> Vocabulary:
+def vocabulary_from_file(source: str, size: int) -> Vocabulary:
     """Read a tokenizer.json file."""
     path = Path(source).expanduser()
     if not path.is_file():

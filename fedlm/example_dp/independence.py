@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.errors import ConfigError
+from fedlm.example_dp.engine import differentiate, total_norms
 from fedlm.example_dp.layers.hooks import Taps, Watched
-from fedlm.example_dp.passes import differentiate, total_norms
 from fedlm.example_dp.refusals import watched_modules
 from fedlm.example_dp.task import BatchT, Examples, Task
 

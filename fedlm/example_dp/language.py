@@ -22,9 +22,10 @@ from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Examples, Task
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.randomness import stream
 from fedlm.registry import LOSSES
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
+from fedlm.trainable.build import Trainable
 
 
 class LanguageTask(Task[Batch]):

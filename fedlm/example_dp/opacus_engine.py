@@ -20,8 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule, accepted
-from fedlm.example_dp.engine import ClippedGradients
-from fedlm.example_dp.passes import checked_losses
+from fedlm.example_dp.engine import ClippedGradients, checked_losses
 from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics
 from fedlm.example_dp.task import BatchT, Task

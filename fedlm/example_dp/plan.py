@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +27,16 @@ from torch import Tensor
 
 from fedlm.config.schema import ExampleDpConfig
 from fedlm.errors import BudgetExceededError, ConfigError
-from fedlm.example_dp import statement
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.release import check_sums, noised_means
-from fedlm.example_dp.step_keys import StepKeys
 from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.accounting.composition import Event, composed_epsilon
-from fedlm.privacy.guarantee import Guarantee, check_budget
+from fedlm.privacy.guarantee import Guarantee, check_budget, large_delta
 from fedlm.privacy.noise.fixed_point import CAPACITY, UNITS
-from fedlm.privacy.noise.lattice import MAX_STD, NoiseStream, Uncopied
+from fedlm.privacy.noise.lattice import MAX_STD, NoiseStream, Uncopied, fresh_key, reproducible_key
 from fedlm.privacy.released_once import ReleasedOnce
 from fedlm.ranges import require_count, require_number
+from fedlm.rounding import rounded_up
 
 _COINS = 2.0**53  # values of a coin: a uniform double is a multiple of 2^-53
 _CLIP_NORMS = (1e-9, 1e9)  # float32 squares gradients of that size without underflow or overflow
@@ -185,11 +185,11 @@ class ExamplePlan(Uncopied):
 
     def guarantee(self) -> Guarantee:
         """Return what all steps together guarantee each example."""
-        return statement.guarantee(self)
+        return guarantee(self)
 
     def parameters(self) -> dict[str, object]:
         """Return the public numbers that the guarantee rests on, JSON-ready."""
-        return statement.parameters(self)
+        return parameters(self)
 
     def phase_steps(self, phase: int) -> range:
         """Return the steps of a phase, both counted from 0."""
@@ -285,3 +285,101 @@ def _noise_multiplier(config: ExampleDpConfig, sampling_probability: float, step
     return subsampled_gaussian.noise_multiplier(
         sampling_probability=sampling_probability, rounds=steps, epsilon=config.epsilon, delta=config.delta
     )
+
+
+UNIT = "example (one sequence or one labelled text)"
+ADJACENCY = "add or remove one"
+
+
+def _stamps(plan: ExamplePlan) -> tuple[str, ...]:
+    """Return the warnings that everything made under this plan carries; none if the guarantee is real."""
+    if not plan.is_private:
+        return ("NOT PRIVATE: example_dp.enabled is false, gradients are neither clipped nor noised",)
+    found = []
+    if plan.reproducible:
+        found.append("NOT PRIVATE: sample and noise follow from the seed, who knows it can subtract the noise")
+    return (*found, *large_delta(plan.delta, plan.num_examples, things="examples", key="example_dp.delta"))
+
+
+def guarantee(plan: ExamplePlan) -> Guarantee:
+    """Return what all steps of a plan guarantee each example, with the stamps."""
+    return Guarantee(
+        unit=UNIT,
+        adjacency=ADJACENCY,
+        epsilon=plan.epsilon(plan.num_steps),
+        delta=plan.delta,
+        sentences=_sentences(plan) if plan.is_private else (),
+        warnings=_stamps(plan),
+    )
+
+
+def _sentences(plan: ExamplePlan) -> tuple[str, ...]:
+    """Return the guarantee with every figure it rests on, and against whom it holds."""
+    noise = sorted({phase.noise_multiplier for phase in plan.phases if phase.steps})
+    return (
+        f"Example-level differential privacy with epsilon {rounded_up(plan.epsilon(plan.num_steps))} at delta "
+        f"{plan.delta:g} (unit: {UNIT}; adjacency: {ADJACENCY}) for all {plan.num_steps:,} steps{_phases(plan)} "
+        f"together: DP-SGD, each of {plan.num_examples:,} examples in a step with probability "
+        f"q = {plan.sampling_probability:.4g} (Poisson), noise multiplier z = {', '.join(f'{z:.4g}' for z in noise)}, "
+        f"{plan.rule.kind} clipping at C = {plan.rule.clip_norm:g}, PLD accounting.",
+        "It holds against those who see every step's noised gradient and the model, and who know how many examples "
+        "there are; samples, times and non-private metrics must stay secret.",
+    )
+
+
+def parameters(plan: ExamplePlan) -> dict[str, object]:
+    """Return what the guarantee rests on as JSON-ready values; infinities are None, no key or seed is among them."""
+    return {
+        "enabled": plan.is_private,
+        "sampler": "poisson",
+        "mechanism": "gaussian",
+        "accountant": "pld",
+        "epsilon_target": plan.epsilon_target,
+        "clipping": plan.rule.kind,
+        "clip_norm": _finite(plan.rule.clip_norm),
+        "num_examples": plan.num_examples,
+        "batch_size": plan.batch_size,
+        "sampling_probability": plan.sampling_probability,
+        "phases": [{"steps": phase.steps, "noise_multiplier": phase.noise_multiplier} for phase in plan.phases],
+        "reproducible": plan.reproducible,
+    }
+
+
+def _phases(plan: ExamplePlan) -> str:
+    if len(plan.phases) == 1:
+        return ""
+    return f" of {len(plan.phases)} phases ({' + '.join(f'{phase.steps:,}' for phase in plan.phases)})"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+class StepKeys(Uncopied):
+    """Keys by step.
+
+    Arguments:
+        seed: All keys follow from it, for debugging: NOT PRIVATE. None: from the operating system.
+    """
+
+    __slots__ = ("_key", "_seed")
+
+    def __init__(self, seed: int | None) -> None:
+        self._seed = seed
+        secret = fresh_key() if seed is None else reproducible_key(seed, -1)  # no step has the number -1
+        self._key = secret.to_bytes(16, "little")
+
+    def sampling(self, step: int) -> int:
+        """Return the 128-bit key of a step's Poisson sample, the same at each call."""
+        return int.from_bytes(self._derived("sample", step, 16), "little")
+
+    def draws(self, step: int) -> bytes:
+        """Return the 32 bytes of `Task.begin_step`, the same at each call."""
+        return self._derived("draws", step, 32)
+
+    def noise(self, step: int) -> int:
+        """Return a 128-bit key for a step's noise, another one at each call unless reproducible."""
+        return fresh_key() if self._seed is None else reproducible_key(self._seed, step)
+
+    def _derived(self, purpose: str, step: int, size: int) -> bytes:
+        return blake2b(f"{purpose}/{step}".encode(), key=self._key, digest_size=size).digest()

@@ -9,7 +9,7 @@ Several phases (X+BiTFiT: all weights first, then biases) are several trainers, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -24,10 +24,9 @@ from fedlm.errors import BudgetExceededError, ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import ClippedGradients, PerExampleEngine
 from fedlm.example_dp.independence import check_independence
-from fedlm.example_dp.optimizers import ReleaseOptimizer
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.task import BatchT, Examples, Task
-from fedlm.ranges import require_count
+from fedlm.ranges import require_count, require_number
 
 ENGINES = ("fedlm", "opacus")
 ContravariantBatch = TypeVar("ContravariantBatch", contravariant=True)
@@ -242,3 +241,39 @@ def _own_draws(task: Task[BatchT], secret: bytes) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int.from_bytes(secret[:8], "little"))
         yield
+
+
+KINDS = ("adam", "sgd")
+
+
+class ReleaseOptimizer:
+    """Steps trained tensors along releases; plain tensors too, for it never needs their own gradients.
+
+    Arguments:
+        kind: "adam" or "sgd", torch's with their defaults (no momentum, no weight decay).
+        trained: By name; written in place, their memory must stay where it is.
+        learning_rate: Above 0.
+
+    Raises:
+        ConfigError: Another kind, or a learning rate out of range.
+    """
+
+    def __init__(self, kind: str, trained: Mapping[str, Tensor], learning_rate: float) -> None:
+        require_number("learning_rate", learning_rate, above=0)
+        self._leaves = {name: tensor.detach() for name, tensor in trained.items()}  # the same memory, no graph
+        leaves = list(self._leaves.values())
+        self._optimizer: torch.optim.Optimizer
+        if kind == "adam":
+            self._optimizer = torch.optim.Adam(leaves, lr=learning_rate)
+        elif kind == "sgd":
+            self._optimizer = torch.optim.SGD(leaves, lr=learning_rate)
+        else:
+            raise ConfigError(f"optimizer = {kind!r} is unknown; choose from {', '.join(KINDS)}")
+
+    def step(self, release: Mapping[str, Tensor]) -> None:
+        """Move every trained tensor; `release` has a gradient for each of them."""
+        for name, leaf in self._leaves.items():
+            leaf.grad = release[name].to(leaf.dtype)
+        self._optimizer.step()
+        for leaf in self._leaves.values():
+            leaf.grad = None

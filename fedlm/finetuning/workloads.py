@@ -21,11 +21,13 @@ from fedlm.config.validate import validate_sizes
 from fedlm.data.batching import Batch
 from fedlm.data.examples import TextRows, read_rows
 from fedlm.data.prompts import read_language_examples
-from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
+from fedlm.data.vocabulary import Vocabulary, vocabulary_from_tokenizer
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.errors import ConfigError
 from fedlm.example_dp.language import LanguageTask, Sequences
 from fedlm.example_dp.task import BatchT, Examples, Task
 from fedlm.experiment import is_pretrained, starts_from_base
+from fedlm.export.adapter import save_adapter
 from fedlm.export.model_card import write_model_card
 from fedlm.finetuning import generation
 from fedlm.finetuning.classification import ClassificationTask, TextBatch, Texts, accuracy, check_labels
@@ -34,14 +36,14 @@ from fedlm.models.encoders import Encoder, load_encoder
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.pretrained import PretrainedSource
 from fedlm.models.re_attention.example_level import NoiseTracker
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.models.transformer import TransformerModel
 from fedlm.models.weights import in_order, set_weights
 from fedlm.pretraining.cache import has_base, load_base
 from fedlm.pretraining.train import pretrain
 from fedlm.privacy.guarantee import Guarantee
 from fedlm.randomness import seed_key, stream
-from fedlm.trainable.adapters import save_adapter
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, build_trainable
+from fedlm.trainable.build import build_trainable
 
 Listener = Callable[[dict[str, object]], None]
 TRAINED = "trained.safetensors"

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from fedlm.config.schema import Config, LoraConfig, LossConfig
-from fedlm.data.vocabulary import load_vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import OWN_MODELS

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from fedlm.config.built_in_options import NumTokensOptions, TrainLossOptions
-from fedlm.privacy.clipping.side_queries import Observation
+from fedlm.privacy.clipping.query_input import Observation
 from fedlm.registry import NoOptions
 
 

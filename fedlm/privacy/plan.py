@@ -31,7 +31,7 @@ from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.adaptive.rule import Adaptation, PrivacyState
 from fedlm.privacy.calibration import mechanism_of, noise_multiplier_of
 from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.clipped_sum import ClippedSum
+from fedlm.privacy.clipping.clipped_sum import ClippedSum, new_sum
 from fedlm.privacy.guarantee import Guarantee, check_budget
 from fedlm.privacy.noise.fixed_point import FRACTION_BITS, FloatVector, IntVector
 from fedlm.privacy.noise.lattice import MAX_STD
@@ -276,7 +276,7 @@ class PrivacyPlan(PrivacyTerms):
 
     def new_sum(self, size: int) -> ClippedSum:
         """Return an empty sum of `size` coordinates for a round without riders or scales."""
-        return self._encoding(Clipper(self.clip_norm), size, round_number=0).new_sum(size)
+        return new_sum(self._encoding(Clipper(self.clip_norm), size, round_number=0), size)
 
     def keep_keys(self, store: KeyStore) -> None:
         """Keep the keys of correlated noise in a store, and continue after the rounds whose keys it holds."""

@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from fedlm.privacy.clipping.side_queries import Facts
+from fedlm.privacy.clipping.query_input import Facts
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.spec import Vector
 

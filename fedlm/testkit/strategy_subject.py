@@ -17,8 +17,9 @@ from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
 from fedlm.privacy.adaptive.rule import PrivacyState
 from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.clipped_sum import ClippedSum
-from fedlm.privacy.clipping.side_queries import DPMetrics, Facts, WordMap
+from fedlm.privacy.clipping.clipped_sum import ClippedSum, new_sum
+from fedlm.privacy.clipping.query_input import Facts
+from fedlm.privacy.clipping.side_queries import DPMetrics, WordMap
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
 from fedlm.privacy.sampling.cohort_key import CohortKey
@@ -136,7 +137,7 @@ class StrategyRun:
         specs, clip = self._open(round_number)
         if self._plan.mechanism.keeps_noise:
             # It goes on from the draws of all earlier rounds; reproducible, they are those of the recording.
-            self._plan.release(clip.new_sum(self._setting.size), round_number, specs.sends)
+            self._plan.release(new_sum(clip, self._setting.size), round_number, specs.sends)
         return self._step(specs, clip, self._split(release, clip, specs.sends), len(updates))
 
     def restarted(self) -> Subject:
@@ -154,7 +155,7 @@ class StrategyRun:
 
     def _sum(self, clipper: Clipper, updates: Mapping[int, Vector]) -> ClippedSum:
         """Return the cohort's sum."""
-        total = clipper.new_sum(self._setting.size)
+        total = new_sum(clipper, self._setting.size)
         for update in updates.values():
             self._add(total, update)
         return total

@@ -20,13 +20,12 @@ from torch import nn
 from fedlm.config.schema import Config, LoraConfig
 from fedlm.errors import ConfigError
 from fedlm.models.base import LanguageModel
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.models.weights import thaw
 from fedlm.randomness import seed_key, stream
 from fedlm.trainable.adapters import inject_adapter, load_adapter
 from fedlm.trainable.added_biases import add_biases
 from fedlm.trainable.spec import BlockKind, UpdateSpec, Vector
-
-INPUT_TABLE, OUTPUT_TABLE, OUTPUT_BIAS = "input_table", "output_table", "output_bias"
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.plan import ExamplePlan, Phase
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Task
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.registry import LOSSES
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
+from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.device_batches import RoundWork
 from fedlm.training.local import LocalResult

@@ -22,7 +22,8 @@ from torch.nn.functional import embedding
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.losses.loss import loss_of
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
+from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.device_batches import DeviceWork, RoundWork
 

@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from fedlm.config.keys import typed_options
 from fedlm.config.schema import Config
-from fedlm.models.re_attention.noise_levels import NoiseLevels, step_variance, user_level_noise
+from fedlm.models.re_attention.noise_levels import NoiseLevels, step_variance
+from fedlm.models.re_attention.user_level import user_level_noise
 from fedlm.planning.touched_pages import received_probabilities
 from fedlm.registry import STRATEGIES
 from fedlm.strategies import Strategy

@@ -33,19 +33,21 @@ from fedlm.config import Config, load_config
 from fedlm.config.schema import ExampleDpConfig
 from fedlm.data.batching import Batch, sequences
 from fedlm.data.examples import read_stream
-from fedlm.data.vocabulary import Vocabulary, load_vocabulary
+from fedlm.data.vocabulary import Vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.errors import FedlmError
 from fedlm.example_dp.language import LanguageTask, Sequences
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.trainer import DpTrainer, StepReport
 from fedlm.models.factory import empty_model
 from fedlm.models.re_attention.example_level import NoiseTracker
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS
 from fedlm.models.transformer import TransformerModel
 from fedlm.models.weights import set_weights
 from fedlm.pretraining.cache import has_base, load_base
 from fedlm.pretraining.train import pretrain
 from fedlm.randomness import seed_key
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, build_trainable
+from fedlm.trainable.build import build_trainable
 from simulations.studies.study import RESULTS, Line, append_result, difference, read_results, with_stamps
 
 VARIANTS = ("off", "absolute", "per_frequency")

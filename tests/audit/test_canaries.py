@@ -10,7 +10,7 @@ import pytest
 from fedlm.audit import Canaries
 from fedlm.audit.text import canary_text, exposures, fresh_phrases, phrase, rank_sum_p
 from fedlm.config.load import load_config
-from fedlm.data.vocabulary import load_vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.trainable.spec import UpdateSpec
 
 FULL = UpdateSpec.build([("w", "dense", (7, 3)), ("table", "rows", (50, 13)), ("bias", "rows", (50,))])

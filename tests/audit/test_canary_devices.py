@@ -15,6 +15,7 @@ from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
 from fedlm.privacy.clipping.block_scaling import Geometry
 from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.clipping.side_queries import ClipBit
 
 SETTINGS = [
@@ -55,7 +56,7 @@ def test_a_member_fills_the_clip_norm_in_its_direction_and_a_stranger_adds_nothi
     spec = experiment.trainable().spec.with_rows(np.arange(5, 65))
     clipper = clippers(spec.size)[kind]
     host, devices = CanaryDevices(experiment), kinds(experiment)
-    total = clipper.new_sum(spec.size)
+    total = new_sum(clipper, spec.size)
     assert host.contribute(total, spec, [devices["gradient stranger"], devices["text stranger"]]) == []
     assert total.num_devices == 2
     assert not total.to_arrays()[0].any()
@@ -68,7 +69,7 @@ def test_a_member_fills_the_clip_norm_in_its_direction_and_a_stranger_adds_nothi
 def test_the_others_train_and_text_canaries_on_their_phrase(experiment: Experiment) -> None:
     host, devices = CanaryDevices(experiment), kinds(experiment)
     spec = experiment.trainable().spec.with_rows(np.arange(60))
-    total = Clipper(1.0).new_sum(spec.size)
+    total = new_sum(Clipper(1.0), spec.size)
     both = [devices["real"], devices["text member"]]
     assert host.contribute(total, spec, both) == both
     assert total.num_devices == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedlm.config.schema import Config, DataConfig, SyntheticConfig, VocabularyConfig
 from fedlm.data.batching import Batch, evaluation_users, local_batches, sequences
 from fedlm.data.store import TokenStore, build_store
-from fedlm.data.vocabulary import load_vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 
 lengths = st.integers(1, 9)
 # Positions stand for tokens: a pair then says where it comes from.

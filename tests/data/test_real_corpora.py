@@ -10,7 +10,8 @@ import pytest
 from fedlm.config.schema import Config, DataConfig
 from fedlm.data.corpora import read_users
 from fedlm.data.store import TokenStore, build_store
-from fedlm.data.vocabulary import Vocabulary, load_vocabulary
+from fedlm.data.vocabulary import Vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 
 IRC = Path(__file__).resolve().parents[3] / "shared" / "data" / "ubuntu_irc" / "ubuntu_irc.users.jsonl.xz"
 

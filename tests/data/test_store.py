@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from fedlm.config.schema import Config, DataConfig, VocabularyConfig
 from fedlm.data.store import TokenStore, build_store, cache_folder
 from fedlm.data.store_writer import USERS
-from fedlm.data.vocabulary import Vocabulary, load_vocabulary
+from fedlm.data.vocabulary import Vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.errors import DataError, FedlmError, OutputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from fedlm.config.schema import Config, DataConfig, SyntheticConfig, VocabularyC
 from fedlm.data.chains import balanced_classes, zipf_mandelbrot
 from fedlm.data.store import build_store
 from fedlm.data.synthetic import SyntheticCorpus
-from fedlm.data.vocabulary import load_vocabulary
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.errors import DataError
 
 SMALL = SyntheticConfig(users=200, classes=6, persistence=0.7, temperature=1.5, concentration=4.0)

@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedlm.config.schema import Config, DataConfig, VocabularyConfig
-from fedlm.data.vocabulary import Vocabulary, load_vocabulary, vocabulary_from_tokenizer
+from fedlm.data.vocabulary import Vocabulary, vocabulary_from_tokenizer
+from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.data.words import public_word_frequencies
 from fedlm.errors import DataError
 

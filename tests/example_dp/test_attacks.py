@@ -14,9 +14,9 @@ from fedlm.config.schema import ExampleDpConfig
 from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.device_budget import device_budget
+from fedlm.example_dp.engine import total_norms
 from fedlm.example_dp.independence import check_independence
 from fedlm.example_dp.opacus_engine import OpacusEngine
-from fedlm.example_dp.passes import total_norms
 from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.tables.phantom import TrainedTables

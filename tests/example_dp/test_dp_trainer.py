@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from fedlm.config.schema import ExampleDpConfig
 from fedlm.errors import BudgetExceededError, ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
-from fedlm.example_dp.optimizers import ReleaseOptimizer
 from fedlm.example_dp.per_example_gradients import Tape
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.task import Task
-from fedlm.example_dp.trainer import DpTrainer, StepReport
+from fedlm.example_dp.trainer import DpTrainer, ReleaseOptimizer, StepReport
 
 Pair = tuple[Tensor, Tensor]
 

@@ -124,7 +124,7 @@ def test_two_phases_compose_and_save_what_trained_in_either(tmp_path: Path, file
 
 
 def save_small_base(folder: Path) -> Path:
-    from fedlm.data.vocabulary import load_vocabulary
+    from fedlm.data.vocabulary_source import load_vocabulary
     from fedlm.models.weights import weights
     from fedlm.pretraining.cache import save_base
 

@@ -11,7 +11,8 @@ from tiny_job import Job
 from fedlm.codec import decode, encode
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
-from fedlm.privacy.clipping.side_queries import DPMetrics, Facts, Observation, Rider
+from fedlm.privacy.clipping.query_input import Facts, Observation
+from fedlm.privacy.clipping.side_queries import DPMetrics, Rider
 
 RARE = '''
     """Perplexity of rare words alone."""

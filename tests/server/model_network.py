@@ -15,6 +15,7 @@ from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
 from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import seed_key, stream
 from server import nodes as nodes_module
 from server.transport import exchange as exchange_module
@@ -139,7 +140,7 @@ class Result:
     def __init__(self, grid: LocalGrid, num_pieces: int) -> None:
         requests = requests_for(num_pieces)
         self.devices = [request.devices for request in requests]
-        self.total = Clipper(CLIP_NORM).new_sum(SIZE)
+        self.total = new_sum(Clipper(CLIP_NORM), SIZE)
         self.counted: list[int] = []
         self.losses: list[str] = []
         dispatcher = Dispatcher(grid, TIMEOUT_S, lambda node, reason: self.losses.append(reason))
@@ -152,7 +153,7 @@ class Result:
 
     def assert_exact(self) -> None:
         """Every piece once, and the bits of a plain loop over all devices."""
-        plain = Clipper(CLIP_NORM).new_sum(SIZE)
+        plain = new_sum(Clipper(CLIP_NORM), SIZE)
         for device in np.concatenate([np.empty(0, np.int64), *self.devices]).tolist():
             plain.add(update_of(device))
         assert sorted(self.counted) == list(range(len(self.devices)))

@@ -12,7 +12,8 @@ from kit_registry import run_mutant
 from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
 from fedlm.privacy.clipping.clip_spec import Clipper
 from fedlm.privacy.clipping.clipped_sum import ClippedSum
-from fedlm.privacy.clipping.side_queries import Facts, Rider
+from fedlm.privacy.clipping.query_input import Facts
+from fedlm.privacy.clipping.side_queries import Rider
 from fedlm.privacy.mechanisms.gaussian import Gaussian
 from fedlm.testkit import Claim, StrategyRun
 from fedlm.trainable.spec import RowIds, Vector

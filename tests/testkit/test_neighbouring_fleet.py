@@ -16,8 +16,8 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.models.pretrained import PretrainedModel
+from fedlm.models.table_names import INPUT_TABLE
 from fedlm.testkit import PrivacyTestFailure, check_neighbouring_fleets
-from fedlm.trainable.build import INPUT_TABLE
 from fedlm.trainable.parts import Part
 from fedlm.training.grouped.embedding_rows import OwnRows
 from fedlm.training.grouped.trainer import GroupResult, GroupTrainer

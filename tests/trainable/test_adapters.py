@@ -15,11 +15,11 @@ import transformers
 from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.errors import DataError
+from fedlm.export.adapter import save_adapter
 from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model
 from fedlm.models.pretrained import PretrainedModel
 from fedlm.privacy.guarantee import Guarantee
-from fedlm.trainable.adapters import save_adapter
 from fedlm.trainable.build import build_trainable
 
 NOTHING = Guarantee("user", "add or remove one", math.inf, 1e-6, (), ("NOT PRIVATE: a test of shapes",))

@@ -42,7 +42,7 @@ from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, Traine
 from fedlm.example_dp.tables.row_pairs import RowPairs
 from fedlm.example_dp.tables.sampled_head import SampledHead
 from fedlm.example_dp.tables.streamed_softmax import StreamedSoftmax
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 
 
 class TrainedTables:

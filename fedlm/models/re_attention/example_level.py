@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.models.re_attention.noise_levels import example_level_noise, probability_of_containing, step_variance
+from fedlm.models.re_attention.noise_levels import FloatArray, NoiseLevels, is_per_frequency, step_variance
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.models.transformer import TransformerModel
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 
 _TABLES = frozenset({INPUT_TABLE, OUTPUT_TABLE, OUTPUT_BIAS})
 
@@ -67,3 +67,44 @@ class NoiseTracker:
             batch_size=self._batch_size,
             kind=self._kind,
         )
+
+
+def probability_of_containing(frequencies: FloatArray, num_tokens: float) -> FloatArray:
+    """Return p_i, the probability that an example of `num_tokens` tokens contains word i: 1 - (1 - f_i)^num_tokens.
+
+    Arguments:
+        frequencies: Public word frequencies f, (V,), non-negative; they need not sum to one.
+        num_tokens: Tokens of a typical example; a public number, like the configured sequence length.
+
+    Returns:
+        (V,), under the unigram model: real words come in bursts, so fewer examples contain each of them.
+    """
+    f = frequencies / frequencies.sum()  # (V,)
+    p: FloatArray = -np.expm1(num_tokens * np.log1p(-np.minimum(f, 1 - 1e-12)))
+    return p
+
+
+def example_level_noise(
+    rows: float,
+    weights: Mapping[str, float],
+    *,
+    containing: FloatArray,
+    batch_size: float,
+    kind: str,
+) -> NoiseLevels:
+    """Return the levels after example-level DP-SGD.
+
+    Arguments:
+        rows: Variance that the steps have added to a coordinate of the input table, a sum of `step_variance`, or 0.
+        weights: The same of each trained tensor of the body.
+        containing: p, probability that an example contains each word, (V,).
+        batch_size: Expected examples of a step, B = q n. A row's B p_i is taken as at least one example.
+        kind: `absolute`: `rows` for every row. `per_frequency`: `rows / p_i^2`, p_i at least 1 / B.
+
+    Raises:
+        DataError: An unknown kind.
+    """
+    scale = np.ones_like(containing)  # (V,)
+    if is_per_frequency(kind):
+        scale = np.clip(containing, 1 / max(1.0, batch_size), 1.0) ** -2
+    return NoiseLevels((rows * scale).astype(np.float32), dict(weights))

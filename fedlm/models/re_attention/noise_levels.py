@@ -84,73 +84,7 @@ def step_variance(
     raise DataError(f"the noise of optimizer = {optimizer!r} is not known; use 'sgd' or 'adam'")
 
 
-def probability_of_containing(frequencies: FloatArray, num_tokens: float) -> FloatArray:
-    """Return p_i, the probability that an example of `num_tokens` tokens contains word i: 1 - (1 - f_i)^num_tokens.
-
-    Arguments:
-        frequencies: Public word frequencies f, (V,), non-negative; they need not sum to one.
-        num_tokens: Tokens of a typical example; a public number, like the configured sequence length.
-
-    Returns:
-        (V,), under the unigram model: real words come in bursts, so fewer examples contain each of them.
-    """
-    f = frequencies / frequencies.sum()  # (V,)
-    p: FloatArray = -np.expm1(num_tokens * np.log1p(-np.minimum(f, 1 - 1e-12)))
-    return p
-
-
-def example_level_noise(
-    rows: float,
-    weights: Mapping[str, float],
-    *,
-    containing: FloatArray,
-    batch_size: float,
-    kind: str,
-) -> NoiseLevels:
-    """Return the levels after example-level DP-SGD.
-
-    Arguments:
-        rows: Variance that the steps have added to a coordinate of the input table, a sum of `step_variance`, or 0.
-        weights: The same of each trained tensor of the body.
-        containing: p, probability that an example contains each word, (V,).
-        batch_size: Expected examples of a step, B = q n. A row's B p_i is taken as at least one example.
-        kind: `absolute`: `rows` for every row. `per_frequency`: `rows / p_i^2`, p_i at least 1 / B.
-
-    Raises:
-        DataError: An unknown kind.
-    """
-    scale = np.ones_like(containing)  # (V,)
-    if _is_per_frequency(kind):
-        scale = np.clip(containing, 1 / max(1.0, batch_size), 1.0) ** -2
-    return NoiseLevels((rows * scale).astype(np.float32), dict(weights))
-
-
-def user_level_noise(
-    step: float, rounds: float, weights: frozenset[str], *, inclusion: FloatArray, kind: str
-) -> NoiseLevels:
-    """Return the levels of a federated model after server steps with user-level noise on every released row.
-
-    A row is released, noise and all, in a round that has it in its row set: in rounds * pi_i of them in expectation.
-
-    Arguments:
-        step: What one server step adds: `step_variance(z C / n, server learning rate, ...)`, n the expected cohort. The
-            noise of rounds counts as independent; with blt or banded, where it partly cancels, that overstates it.
-        rounds: Server steps so far.
-        weights: Trained tensors of the body, released every round.
-        inclusion: pi, probability of each row to be in a round's set, (V,); zeros if the tables are frozen.
-        kind: `absolute`: rounds pi_i step. `per_frequency`: rounds step / pi_i, the same releases with each divided by
-            pi_i, as the paper's sigma / (n pi_i), so that all rows would move at one pace. Rows with pi_i = 0 never
-            trained: 0 for both.
-
-    Raises:
-        DataError: An unknown kind.
-    """
-    power = -1 if _is_per_frequency(kind) else 1
-    scale = np.power(inclusion, power, out=np.zeros_like(inclusion), where=inclusion > 0)  # (V,)
-    return NoiseLevels((rounds * step * scale).astype(np.float32), dict.fromkeys(sorted(weights), rounds * step))
-
-
-def _is_per_frequency(kind: str) -> bool:
+def is_per_frequency(kind: str) -> bool:
     if kind not in KINDS:
         raise DataError(f"kind = {kind!r} of noise levels is not one of {', '.join(KINDS)}")
     return kind == "per_frequency"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from fedlm.codec import coded
 from fedlm.errors import ConfigError
@@ -14,9 +13,6 @@ from fedlm.privacy.clipping.side_queries import Rider, update_share
 from fedlm.privacy.noise.fixed_point import CAPACITY, CAPACITY_UNCLIPPED, UNITS
 from fedlm.privacy.noise.skellam_encoding import Skellam
 from fedlm.ranges import require_number
-
-if TYPE_CHECKING:
-    from fedlm.privacy.clipping.clipped_sum import ClippedSum
 
 
 @coded
@@ -69,9 +65,3 @@ class Clipper:
         if self.encoder:
             return self.encoder.max_devices
         return CAPACITY_UNCLIPPED if self.clip_norm == math.inf else CAPACITY
-
-    def new_sum(self, size: int) -> ClippedSum:
-        """Return an empty sum of `size` coordinates."""
-        from fedlm.privacy.clipping import clipped_sum  # whose sums know their clipper
-
-        return clipped_sum.new_sum(size, self)

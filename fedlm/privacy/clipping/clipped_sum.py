@@ -26,7 +26,8 @@ import numpy as np
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.side_queries import Facts, Observation, answer_units
+from fedlm.privacy.clipping.query_input import Facts, Observation
+from fedlm.privacy.clipping.side_queries import answer_units
 from fedlm.privacy.noise.fixed_point import CAPACITY_UNCLIPPED, UNITS, FloatVector, IntVector
 from fedlm.ranges import require_count
 from fedlm.trainable.parts import Part, check_parts
@@ -54,8 +55,8 @@ class ClipRecord:
     finite: bool
 
 
-def new_sum(size: int, clipper: Clipper) -> ClippedSum:
-    """Return an empty sum of `size` coordinates; `Clipper.new_sum` is the way to call it."""
+def new_sum(clipper: Clipper, size: int) -> ClippedSum:
+    """Return an empty sum of updates of `size` coordinates, clipped as `clipper` says."""
     return ClippedSum(size, clipper, token=_TOKEN)
 
 

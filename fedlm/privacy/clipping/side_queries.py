@@ -16,58 +16,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fedlm.codec import coded, union
 from fedlm.config.keys import typed_options
 from fedlm.config.schema import OptionValue, OptionValues
+from fedlm.privacy.clipping.query_input import Floats, Observation
 from fedlm.ranges import require_count, require_number
 from fedlm.registry import DP_METRICS
 
 if TYPE_CHECKING:
     from fedlm.privacy.dp_metrics import DPMetric
 
-Floats = npt.NDArray[np.float64]
-Words = npt.NDArray[np.int64]
 COUNT_SHARE = 0.1  # of the clip norm, for the count of devices: its noise multiplier is ten times the update's
-NO_WORDS: Words = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Facts:
-    """What a device knows of its own training beside the update: private, and only ever seen by riders.
-
-    Arguments:
-        loss: Mean training loss.
-        num_tokens: Targets trained on.
-        words: (W,) distinct ids of the words it has.
-    """
-
-    loss: float = 0.0
-    num_tokens: int = 0
-    words: Words = field(default_factory=lambda: NO_WORDS)
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What a rider may look at.
-
-    Arguments:
-        norm: |y|, the norm that the clip saw.
-        clip_norm: C.
-        group_squares: (G,) |y_g|^2 of each group.
-        facts: Of the device.
-    """
-
-    norm: float
-    clip_norm: float
-    group_squares: Floats
-    facts: Facts
 
 
 @union()

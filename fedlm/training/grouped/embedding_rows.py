@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.models.base import LanguageModel
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec
 from fedlm.training.device_batches import RoundWork

@@ -25,8 +25,9 @@ from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.losses.grouped import full_losses
 from fedlm.losses.loss import loss_of
+from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 from fedlm.registry import LOSSES
-from fedlm.trainable.build import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE, Trainable
+from fedlm.trainable.build import Trainable
 from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.device_batches import DeviceWork, RoundWork

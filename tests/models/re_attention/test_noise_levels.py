@@ -8,13 +8,9 @@ import torch
 
 from fedlm.codec import from_text, to_text
 from fedlm.errors import DataError
-from fedlm.models.re_attention.noise_levels import (
-    NoiseLevels,
-    example_level_noise,
-    probability_of_containing,
-    step_variance,
-    user_level_noise,
-)
+from fedlm.models.re_attention.example_level import example_level_noise, probability_of_containing
+from fedlm.models.re_attention.noise_levels import NoiseLevels, step_variance
+from fedlm.models.re_attention.user_level import user_level_noise
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -15,7 +15,9 @@ from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import ConfigError, DataError
 from fedlm.privacy import Clipper, PrivacyPlan
 from fedlm.privacy.clipping.block_scaling import Geometry
-from fedlm.privacy.clipping.side_queries import ClipBit, DPMetrics, Facts, GroupShares, Rider, WordMap
+from fedlm.privacy.clipping.clipped_sum import new_sum
+from fedlm.privacy.clipping.query_input import Facts
+from fedlm.privacy.clipping.side_queries import ClipBit, DPMetrics, GroupShares, Rider, WordMap
 from fedlm.trainable.parts import Part
 
 UNITS = 2**40
@@ -52,11 +54,11 @@ def test_a_device_moves_the_whole_vector_by_at_most_the_clip_norm(
     with_riders: bool,
 ) -> None:  # fmt: skip
     clipper = Clipper(0.3, Geometry(SPANS, scale, limits), riders() if with_riders else ())
-    total = clipper.new_sum(SIZE)
+    total = new_sum(clipper, SIZE)
     total.add(vector(seed, size), Facts(loss, 10**6, np.array(words, np.int64)))
     contribution = [int(value) for value in total.to_arrays()[0]]
     assert sum(value * value for value in contribution) <= UNITS**2
-    clipper.new_sum(SIZE).add_arrays(*total.to_arrays())  # the arrival check agrees
+    new_sum(clipper, SIZE).add_arrays(*total.to_arrays())  # the arrival check agrees
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,7 +66,7 @@ def test_a_device_moves_the_whole_vector_by_at_most_the_clip_norm(
 def test_the_release_is_the_clipped_update_in_its_own_units(seed: int, scale: tuple[float, ...]) -> None:
     update, spread = vector(seed, 0.01), np.repeat(np.array(scale)[[0, 1, 0, 2]], [3, 4, 2, 8])
     clipper = Clipper(0.3, Geometry(SPANS, scale), riders())
-    total = clipper.new_sum(SIZE)
+    total = new_sum(clipper, SIZE)
     total.add(update)
     y = update / spread
     wanted = update * min(1.0, 0.3 / float(np.linalg.norm(y)))
@@ -76,7 +78,7 @@ def test_the_release_is_the_clipped_update_in_its_own_units(seed: int, scale: tu
 
 def test_groups_are_clipped_each_to_its_own_norm() -> None:
     limits = (0.6, 0.1, 0.7)
-    total = Clipper(2.0, Geometry(SPANS, (1.0, 1.0, 1.0), limits)).new_sum(SIZE)
+    total = new_sum(Clipper(2.0, Geometry(SPANS, (1.0, 1.0, 1.0), limits)), SIZE)
     total.add(vector(1, 100.0))
     got = total.to_arrays()[0] / UNITS
     norms = [math.sqrt(sum(float((got[a:b] ** 2).sum()) for a, b, g in SPANS if g == group)) for group in range(3)]
@@ -93,7 +95,7 @@ def test_parts_and_whole_vectors_are_scaled_alike(seed: int, scale: tuple[float,
     for part in parts:
         part.add_to(whole, part.values)
     clipper = Clipper(0.3, Geometry(SPANS, scale), riders())
-    one, two = clipper.new_sum(SIZE), clipper.new_sum(SIZE)
+    one, two = new_sum(clipper, SIZE), new_sum(clipper, SIZE)
     records = one.add_parts(parts), two.add(whole)
     assert records[0].norm == pytest.approx(records[1].norm, rel=1e-12)
     np.testing.assert_allclose(one.to_arrays()[0], two.to_arrays()[0], rtol=1e-9, atol=1)
@@ -121,9 +123,9 @@ def test_geometries_that_would_break_the_guarantee_are_refused(arguments: dict[s
 def test_sums_of_other_geometries_or_riders_do_not_mix() -> None:
     plain, scaled = Clipper(0.3), Clipper(0.3, Geometry(((0, 4, 0),), (2.0,)))
     with pytest.raises(DataError):
-        Clipper(0.3, None, (ClipBit(0.1, 0.5),)).new_sum(4).add_arrays(*plain.new_sum(4).to_arrays())
+        new_sum(Clipper(0.3, None, (ClipBit(0.1, 0.5),)), 4).add_arrays(*new_sum(plain, 4).to_arrays())
     with pytest.raises(ConfigError, match="covers 4"):
-        scaled.new_sum(5)
+        new_sum(scaled, 5)
 
 
 def test_clippers_travel_as_text() -> None:
@@ -150,7 +152,7 @@ def test_riders_may_not_take_more_than_half() -> None:
 def test_the_riders_answers_come_out_in_their_own_units() -> None:
     config = PrivacyConfig(epsilon=0.0, noise_multiplier=1e-6)
     plan = PrivacyPlan.create(config, rounds=1, fleet_size=40, cohort=40, seed=1)
-    total = Clipper(0.3, Geometry(SPANS, (1.0, 2.0, 0.5)), riders()).new_sum(SIZE)
+    total = new_sum(Clipper(0.3, Geometry(SPANS, (1.0, 2.0, 0.5)), riders()), SIZE)
     for device in range(40):
         total.add(vector(device, 10.0 if device < 10 else 1e-3), Facts(float(device), 100, np.array([device % 11, 3])))
     answers = plan.release(total, 1).answers
@@ -164,7 +166,7 @@ def test_the_riders_answers_come_out_in_their_own_units() -> None:
 
 
 def test_a_failed_device_answers_nothing() -> None:
-    total = Clipper(0.3, None, riders()).new_sum(SIZE)
+    total = new_sum(Clipper(0.3, None, riders()), SIZE)
     total.add(np.full(SIZE, np.nan, np.float32), Facts(3.0, 7, np.array([1])))
     assert not total.to_arrays()[0].any()
     assert total.num_devices == 1

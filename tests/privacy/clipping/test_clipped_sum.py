@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, Clipper
+from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.noise.fixed_point import CAPACITY
 
 UNITS = 2**40
@@ -32,7 +33,7 @@ clip_norms = st.one_of(st.floats(1e-12, 1e12), st.sampled_from([0.3, 1.0, 1e-12,
 
 def received(clipper: Clipper, vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> ClippedSum:
     """A sum that holds what came over the wire, and nothing else."""
-    total = clipper.new_sum(vector.size)
+    total = new_sum(clipper, vector.size)
     total.add_arrays(vector, fields)
     return total
 
@@ -46,7 +47,7 @@ def integers(total: ClippedSum) -> list[int]:
 def test_one_device_moves_the_sum_by_at_most_the_clip_norm(update: Vector, clip_norm: float, scale: float) -> None:
     with np.errstate(all="ignore"):
         update = (update.astype(np.float64) * scale).astype(np.float32)
-    total = Clipper(clip_norm).new_sum(update.size)
+    total = new_sum(Clipper(clip_norm), update.size)
     record = total.add(update)
     contribution = integers(total)
     assert sum(value * value for value in contribution) <= UNITS**2  # exact integers, no rounding
@@ -66,7 +67,7 @@ def test_one_device_moves_the_sum_by_at_most_the_clip_norm(update: Vector, clip_
 def test_large_updates_are_clipped_over_all_chunks(size: int, scale: float) -> None:
     update = (np.random.default_rng(size).standard_normal(size) * scale).astype(np.float32)
     update[size // 3 : size // 2] = 0
-    total = Clipper(0.3).new_sum(size)
+    total = new_sum(Clipper(0.3), size)
     record = total.add(update)
     assert record.norm == pytest.approx(float(np.linalg.norm(update.astype(np.float64))), rel=1e-12)
     contribution = integers(total)
@@ -84,13 +85,13 @@ def test_any_order_and_grouping_gives_the_same_bits(seed: int, num_devices: int,
     rng = np.random.default_rng(seed)
     clipper = Clipper(0.3)
     devices = [(rng.standard_normal(17) * 10.0 ** rng.integers(-9, 3)).astype(np.float32) for _ in range(num_devices)]
-    straight = clipper.new_sum(17)
+    straight = new_sum(clipper, 17)
     for update in devices:
         straight.add(update)
-    groups = [clipper.new_sum(17) for _ in range(num_groups)]
+    groups = [new_sum(clipper, 17) for _ in range(num_groups)]
     for index in rng.permutation(num_devices):
         groups[rng.integers(num_groups)].add(devices[index])
-    merged = clipper.new_sum(17)
+    merged = new_sum(clipper, 17)
     for index in rng.permutation(num_groups):
         vector, fields = groups[index].to_arrays()
         merged.add_arrays(vector, fields)
@@ -105,7 +106,7 @@ def test_neighbouring_cohorts_differ_by_exactly_one_contribution() -> None:
     clipper = Clipper(0.3)
 
     def summed(members: list[Vector]) -> npt.NDArray[np.int64]:
-        total = clipper.new_sum(50)
+        total = new_sum(clipper, 50)
         for update in members:
             total.add(update)
         return total.to_arrays()[0]
@@ -116,7 +117,7 @@ def test_neighbouring_cohorts_differ_by_exactly_one_contribution() -> None:
 
 
 def test_without_clipping_large_finite_updates_pass_and_overflowing_ones_do_not() -> None:
-    total = Clipper(math.inf).new_sum(3)
+    total = new_sum(Clipper(math.inf), 3)
     assert total.add(np.array([64.0, -3.5, 0], np.float32)).finite
     assert not total.add(np.array([64.1, 0, 0], np.float32)).finite
     assert not total.add(np.array([0, -65.0, 0], np.float32)).finite
@@ -130,7 +131,7 @@ def test_a_full_sum_refuses_the_next_device_and_does_not_overflow() -> None:
     total = received(clipper, vector, {"clip_norm": 1.0, "num_devices": CAPACITY})
     with pytest.raises(ConfigError, match="could overflow"):
         total.add(np.ones(1, np.float32))
-    one = clipper.new_sum(1)
+    one = new_sum(clipper, 1)
     one.add(np.ones(1, np.float32))
     with pytest.raises(ConfigError, match="could overflow"):
         one.add_arrays(*total.to_arrays())
@@ -149,7 +150,7 @@ def test_a_full_sum_refuses_the_next_device_and_does_not_overflow() -> None:
     ],
 )
 def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) -> None:
-    total = Clipper(1.0).new_sum(2)
+    total = new_sum(Clipper(1.0), 2)
     with pytest.raises(DataError, match="float32"):
         total.add(update)  # type: ignore[arg-type]
     assert total.num_devices == 0
@@ -174,7 +175,7 @@ def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) 
 )
 def test_what_no_honest_node_sends_is_refused(vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> None:
     with pytest.raises(DataError):
-        Clipper(1.0).new_sum(2).add_arrays(vector, fields)
+        new_sum(Clipper(1.0), 2).add_arrays(vector, fields)
 
 
 @settings(max_examples=200, deadline=None)
@@ -206,7 +207,7 @@ def test_a_received_sum_does_not_alias_the_message() -> None:
 
 
 def test_what_a_sum_shows_of_itself_cannot_be_written_to() -> None:
-    total = Clipper(1.0).new_sum(3)
+    total = new_sum(Clipper(1.0), 3)
     total.add(np.array([0.5, 0, 0], np.float32))
     before = integers(total)
     view, _ = total.to_arrays()
@@ -224,7 +225,7 @@ def test_what_a_sum_shows_of_itself_cannot_be_written_to() -> None:
 def test_sums_cannot_be_built_pickled_or_copied_around_the_clip() -> None:
     with pytest.raises(TypeError, match="new_sum"):
         ClippedSum(3, Clipper(1.0))
-    total = Clipper(1.0).new_sum(3)
+    total = new_sum(Clipper(1.0), 3)
     for copying in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="neither pickled nor copied"):
             copying(total)
@@ -246,7 +247,7 @@ def test_many_at_once_are_the_bits_and_records_of_one_by_one(seed: int, num_devi
     )
     updates[rng.random(updates.shape) < 0.005] = rng.choice([np.nan, np.inf, -np.inf])
     updates[rng.random(num_devices) < 0.1] = 0
-    together, apart = Clipper(clip_norm).new_sum(23), Clipper(clip_norm).new_sum(23)
+    together, apart = new_sum(Clipper(clip_norm), 23), new_sum(Clipper(clip_norm), 23)
     records = together.add_many(updates)
     assert repr(records) == repr([apart.add(update) for update in updates])  # NaN norms are not equal to themselves
     assert integers(together) == integers(apart)
@@ -257,13 +258,13 @@ def test_the_largest_contributions_add_up_exactly() -> None:
     """A full batch at the bound: a subtotal in fp64 must not round, whatever is added to it last."""
     updates = np.full((64, 1), 64, np.float32)
     updates[-1] = np.nextafter(np.float32(64), np.float32(0))
-    total = Clipper(math.inf).new_sum(1)
+    total = new_sum(Clipper(math.inf), 1)
     total.add_many(updates)
     assert integers(total) == [63 * 64 * UNITS + int(updates[-1, 0] * 2.0**40)]
 
 
 def test_many_of_the_wrong_shape_add_nothing() -> None:
-    total = Clipper(1.0).new_sum(2)
+    total = new_sum(Clipper(1.0), 2)
     for updates in (np.ones(2, np.float32), np.ones((2, 3), np.float32), np.ones((1, 2)), [[1.0, 2.0]], None):
         with pytest.raises(DataError, match=r"float32 array of shape \(devices, 2\)"):
             total.add_many(updates)  # type: ignore[arg-type]
@@ -274,7 +275,7 @@ def test_many_across_chunks_skip_what_is_zero() -> None:
     size = 3 * 16_384 + 5
     updates = np.random.default_rng(2).standard_normal((3, size)).astype(np.float32)
     updates[0, 16_384:32_768] = updates[1, :16_384] = updates[:, 32_768:49_152] = 0
-    together, apart = Clipper(0.3).new_sum(size), Clipper(0.3).new_sum(size)
+    together, apart = new_sum(Clipper(0.3), size), new_sum(Clipper(0.3), size)
     together.add_many(updates)
     for update in updates[::-1]:
         apart.add(update)
@@ -283,7 +284,7 @@ def test_many_across_chunks_skip_what_is_zero() -> None:
 
 def test_arrays_that_are_added_at_once_count_as_their_sum_and_refused_ones_change_nothing() -> None:
     clipper = Clipper(0.3)
-    ones, total, apart = clipper.new_sum(5), clipper.new_sum(5), clipper.new_sum(5)
+    ones, total, apart = new_sum(clipper, 5), new_sum(clipper, 5), new_sum(clipper, 5)
     ones.add_many(np.ones((3, 5), np.float32))
     apart.add_many(np.ones((6, 5), np.float32))
     vector, fields = ones.to_arrays()
