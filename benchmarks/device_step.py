@@ -40,7 +40,7 @@ from fedlm.models.base import LanguageModel
 from fedlm.models.factory import build_model, empty_model
 from fedlm.models.weights import set_weights, weights
 from fedlm.pretraining.cache import WEIGHTS, load_base, save_base
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import round_key, stream
 from fedlm.trainable.build import build_trainable
@@ -174,7 +174,7 @@ class Device:
 
     def clip(self, update: np.ndarray) -> None:
         """Clip the update into a sum of one device: what a device sends."""
-        new_sum(Clipper(0.3), len(update)).add(update)
+        new_sum(ClipSpec(0.3), len(update)).add(update)
 
 
 def _receive_patch(spec: UpdateSpec, blocks: dict[str, np.ndarray]) -> None:

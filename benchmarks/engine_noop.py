@@ -32,14 +32,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.measure import machine, status_mb
-from clients.node_sum import KeptSum
+from clients.node_sum import NodeSum
 from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from server.transport.dispatch import Dispatcher
-from server.transport.exchange import Order
+from server.transport.exchange import ExchangeSpec
 from simulations.grids.ray_grid import RayGrid
 
 SIDES = ("stock", "streamed", "summed")
@@ -57,7 +57,7 @@ QUIET = {
 
 echo = ClientApp()
 summer = ClientApp()
-_kept = KeptSum()
+_kept = NodeSum()
 _updates: list[np.ndarray] = []
 
 
@@ -81,7 +81,7 @@ def add(message: Message, context: Context) -> Message:
     """Clip and add a ready-made update for every device."""
     request = from_records(TrainRequest, "request", message.content)
     [updates] = _updates
-    with _kept.piece(request, updates.shape[1]) as total:
+    with _kept.work_item(request, updates.shape[1]) as total:
         for num_devices in request.group_sizes.tolist():
             total.add_many(updates[:num_devices])
     nothing = np.empty(0)
@@ -228,8 +228,8 @@ def _streamed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: fl
 
 def _summed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: float) -> int:
     """One round of the product's dispatcher."""
-    clipper, cohort = Clipper(CLIP_NORM), np.arange(num_devices)
-    total = new_sum(clipper, record["model"].shape[0])
+    clip_spec, cohort = ClipSpec(CLIP_NORM), np.arange(num_devices)
+    total = new_sum(clip_spec, record["model"].shape[0])
 
     def take(partial: PartialSum) -> None:
         fields = {"clip_norm": CLIP_NORM, "num_devices": partial.num_devices}
@@ -237,9 +237,9 @@ def _summed(grid: RayGrid, num_devices: int, record: ArrayRecord, deadline: floa
 
     dispatcher = Dispatcher(grid, 600.0, lambda node, reason: None)
     groups = [cohort[i : i + GROUP] for i in range(0, num_devices, GROUP)]
-    requests = dispatcher.pieces(cohort, np.full(num_devices, 100), groups, to_text(clipper))
+    requests = dispatcher.work_items(cohort, np.full(num_devices, 100), groups, to_text(clip_spec))
     done = 0
-    for _, reply in dispatcher.train(Order("train", "1", {"arrays": record}, dict), requests, take):
+    for _, reply in dispatcher.train(ExchangeSpec("train", "1", {"arrays": record}, dict), requests, take):
         done += len(reply.devices)
         if time.monotonic() > deadline:
             return done

@@ -21,7 +21,7 @@ from fedlm.data.batching import Batch
 from fedlm.example_dp.clip_rule import SLACK, ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.example_dp.language import LanguageTask
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Task
 from fedlm.models.pretrained import PretrainedModel
@@ -51,7 +51,7 @@ class StockTask(Task[Inputs]):
         """Return B."""
         return len(batch.tokens)
 
-    def losses(self, batch: Inputs, tape: Tape) -> Tensor:
+    def losses(self, batch: Inputs, per_example: PerExampleGradients) -> Tensor:
         """Return (B,)."""
         return losses(self.model, batch)
 
@@ -107,8 +107,8 @@ class PlainWithOurHead:
         model.zero_grad(set_to_none=True)
         mask = torch.ones_like(inputs.tokens, dtype=torch.bool)  # (B, T)
         hidden = model.body(model.embed(embedding(inputs.tokens, model.input_table)), mask)  # (B, T, D)
-        tape, chunk = Tape(len(inputs.tokens)), self._config.loss.chunk
-        each = self._head.full_softmax(tape, hidden, inputs.targets, mask, chunk)  # (B,)
+        per_example, chunk = PerExampleGradients(len(inputs.tokens)), self._config.loss.chunk
+        each = self._head.full_softmax(per_example, hidden, inputs.targets, mask, chunk)  # (B,)
         each.sum().backward()  # type: ignore[no-untyped-call]
         return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 

@@ -1,6 +1,6 @@
 """How much of this processor's matrix-multiply rate local training reaches, and what training in groups gives.
 
-One thread. The peak is the best of several shapes on each route to a product: torch's default, oneDNN
+One thread. The peak is the best of several shapes on each backend to a product: torch's default, oneDNN
 (`set_float32_matmul_precision("medium")`, which some processors round to bf16) and bf16 tensors. Training counts the
 floating-point operations of the products that training one device at a time needs, whatever a group spends on padding.
 Both ways take turns on the same devices in one process for each case; times are of the processor.
@@ -33,7 +33,7 @@ from fedlm.config.load import load_config
 from fedlm.config.schema import Config
 from fedlm.experiment import Experiment
 from fedlm.models.factory import build_model
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import round_key
 from fedlm.trainable.build import build_trainable
@@ -95,9 +95,9 @@ class Worker:
         trainable.bind_tables(blocks)
         rows = row_set(config.trainable.embedding_rows, frequencies, seed=config.seed, round_number=1)
         self.spec = trainable.spec.with_rows(rows)
-        self._clipper = Clipper(config.privacy.clip_norm)
-        route = config.execution.products
-        matmul_backend.use(matmul_backend.choose() if route == "auto" else route)
+        self._clip_spec = ClipSpec(config.privacy.clip_norm)
+        backend = config.execution.products
+        matmul_backend.use(matmul_backend.choose() if backend == "auto" else backend)
         self.local = LocalTrainer(trainable, config, frequencies)
         self.local.start_round(self.spec, blocks)
         is_grouped = not why_not_grouped(trainable, config)
@@ -107,7 +107,7 @@ class Worker:
 
     def cohort(self, tokens: Sequence[np.ndarray], devices: Sequence[int], *, grouped: bool) -> None:
         """Train, clip each device and sum; in groups where they are asked for and the model allows it."""
-        total = new_sum(self._clipper, self.spec.size)
+        total = new_sum(self._clip_spec, self.spec.size)
         if self.groups is None or not grouped:
             for text, device in zip(tokens, devices, strict=True):
                 total.add(self.local.train(text, key=KEY, device=device).update)
@@ -146,15 +146,15 @@ def main() -> None:
 
 
 def peaks() -> dict[str, dict[str, float]]:
-    """Return GFLOP/s of each route and shape."""
+    """Return GFLOP/s of each backend and shape."""
     found = {}
-    for route, precision, kind in (
+    for backend, precision, kind in (
         ("fp32", "highest", torch.float32),
         ("onednn", "medium", torch.float32),
         ("bf16", "highest", torch.bfloat16),
     ):
         torch.set_float32_matmul_precision(precision)
-        found[route] = {"x".join(map(str, shape)): product_rate(shape, kind) for shape in SQUARE + TALL}
+        found[backend] = {"x".join(map(str, shape)): product_rate(shape, kind) for shape in SQUARE + TALL}
     torch.set_float32_matmul_precision("highest")
     return found
 
@@ -212,9 +212,9 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     frequencies, tokens = np.load(folder / "frequencies.npy"), case_tokens(case, folder, arguments.devices)
     devices = list(range(len(tokens)))
     found: dict[str, Any] = {"devices": len(tokens), "tokens": sum(map(len, tokens)) / len(tokens)}
-    for compute, route in COMPUTE.items():
+    for compute, backend in COMPUTE.items():
         groups = f"execution.group_size={arguments.group_size}"
-        config = case_config(case, groups, f"execution.products='{route}'")
+        config = case_config(case, groups, f"execution.products='{backend}'")
         model = build_model(config, frequencies, config.seed)
         worker = Worker(config, frequencies, build_trainable(model, config))
         with FlopCounterMode(display=False) as counter:
@@ -247,11 +247,11 @@ def _in_fresh_process(name: str, folder: str, arguments: argparse.Namespace) -> 
 
 
 def _table(result: dict[str, Any]) -> str:
-    best = {route: max(shapes.values()) for route, shapes in result["peaks"].items()}
+    best = {backend: max(shapes.values()) for backend, shapes in result["peaks"].items()}
     shapes = list(next(iter(result["peaks"].values())))
     lines = ["Products, GFLOP/s, one thread", f"{'':8}" + "".join(f"{shape:>15}" for shape in shapes)]
-    for route, of_route in result["peaks"].items():
-        lines.append(f"{route:8}" + "".join(f"{rate:15.0f}" for rate in of_route.values()))
+    for backend, of_backend in result["peaks"].items():
+        lines.append(f"{backend:8}" + "".join(f"{rate:15.0f}" for rate in of_backend.values()))
     lines += [
         "",
         f"Training, NCE and LoRA rank 8, vocabulary 100,000, 4 layers, groups of {result['group_size']}, one thread",
@@ -264,7 +264,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _peak(best: dict[str, float], compute: str) -> float:
-    """Return the rate to compare with: the best route that keeps fp32, or that of bf16."""
+    """Return the rate to compare with: the best backend that keeps fp32, or that of bf16."""
     return best["bf16"] if compute == "bf16" else max(best["fp32"], best["onednn"])
 
 

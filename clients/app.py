@@ -6,7 +6,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.host import DeviceHost
-from clients.node_sum import KeptSum
+from clients.node_sum import NodeSum
 from fedlm.config.load import config_from_toml
 from fedlm.experiment import Weights
 from fedlm.flower_records import from_records, to_records
@@ -15,7 +15,7 @@ from fedlm.messages import Broadcast, EvaluateRequest, FlushRequest, TrainReques
 app = ClientApp()
 
 _hosts: dict[str, DeviceHost] = {}
-_sums: dict[int, KeptSum] = {}  # by node: nodes in one process share the host, never the sum
+_sums: dict[int, NodeSum] = {}  # by node: nodes in one process share the host, never the sum
 _shared_weights: Weights | None = None
 
 
@@ -29,7 +29,7 @@ def share_weights(weights: Weights) -> None:
 def train(message: Message, context: Context) -> Message:
     """Train the devices that the message names; their sum stays here unless the message asks for it."""
     request = from_records(TrainRequest, "request", message.content)
-    kept = _sums.setdefault(context.node_id, KeptSum())
+    kept = _sums.setdefault(context.node_id, NodeSum())
     reply = _host(context).train(from_records(Broadcast, "broadcast", message.content), request, kept)
     records = to_records("reply", reply)
     if request.flush:
@@ -41,7 +41,7 @@ def train(message: Message, context: Context) -> Message:
 def flush(message: Message, context: Context) -> Message:
     """Send the sum that this node has kept."""
     request = from_records(FlushRequest, "request", message.content)
-    partial = _sums.setdefault(context.node_id, KeptSum()).flush(request.sum_name)
+    partial = _sums.setdefault(context.node_id, NodeSum()).flush(request.sum_name)
     return Message(RecordDict(to_records("sum", partial)), reply_to=message)
 
 

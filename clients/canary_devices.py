@@ -63,6 +63,6 @@ class CanaryDevices:
         update = self._canaries.signs(number, spec)
         norm = _EXCESS * total.clip_norm if math.isfinite(total.clip_norm) else 1.0
         update *= np.float32(norm / math.sqrt(spec.size))
-        if total.clipper.geometry:
-            total.clipper.geometry.restore(update)
+        if total.clip_spec.block_scaling:
+            total.clip_spec.block_scaling.restore(update)
         return update

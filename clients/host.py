@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clients.canary_devices import CanaryDevices
-from clients.node_sum import KeptSum
+from clients.node_sum import NodeSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
 from fedlm.errors import WorkerError
@@ -39,7 +39,7 @@ from fedlm.messages import (
 )
 from fedlm.models.transformer import TransformerModel
 from fedlm.privacy.clipping.clipped_sum import ClippedSum, ClipRecord
-from fedlm.privacy.clipping.query_input import NO_WORDS, Facts
+from fedlm.privacy.clipping.query_input import NO_WORDS, DeviceStats
 from fedlm.trainable.parts import Part, restricted
 from fedlm.training import matmul_backend
 from fedlm.training.dp_local import PrivateLocalTrainer
@@ -83,7 +83,7 @@ class DeviceHost:
         self._metrics = metrics_of(config.evaluation)
         self._run, self._version, self._opened = "", 0, b""
 
-    def train(self, broadcast: Broadcast, request: TrainRequest, kept: KeptSum) -> TrainReply:
+    def train(self, broadcast: Broadcast, request: TrainRequest, kept: NodeSum) -> TrainReply:
         """Train the requested devices and add their clipped updates to the node's sum."""
         with one_thread():
             return self._train(broadcast, request, kept)
@@ -93,23 +93,23 @@ class DeviceHost:
         with one_thread():
             return self._evaluate(broadcast, request)
 
-    def _train(self, broadcast: Broadcast, request: TrainRequest, kept: KeptSum) -> TrainReply:
-        outcome = _Outcome()
+    def _train(self, broadcast: Broadcast, request: TrainRequest, kept: NodeSum) -> TrainReply:
+        outcome = _TrainedDevices()
         if not self._apply(broadcast):
             return outcome.reply(stale=True)
-        if broadcast.key != self._opened:  # once a round, however many pieces of it come here
+        if broadcast.key != self._opened:  # once a round, however many work items of it come here
             full, self._opened = self._trainable.spec, broadcast.key
             self._moves = full.with_rows(broadcast.row_ids, broadcast.moves or None)
             self._spec = full.with_rows(broadcast.row_ids, broadcast.sends) if broadcast.sends else self._moves
             self._trainer.start_round(self._moves, self._blocks)
             if self._groups:
                 self._groups.start_round(self._moves, self._blocks)
-        with kept.piece(request, self._spec.size) as total:
+        with kept.work_item(request, self._spec.size) as total:
             for group in np.split(request.devices, np.cumsum(request.group_sizes)[:-1]):
                 self._train_group(total, broadcast.key, group.tolist(), outcome)
         return outcome.reply(stale=False, tells_all=self._config.privacy.non_private_diagnostics)
 
-    def _train_group(self, total: ClippedSum, key: bytes, devices: list[int], outcome: _Outcome) -> None:
+    def _train_group(self, total: ClippedSum, key: bytes, devices: list[int], outcome: _TrainedDevices) -> None:
         """Train the devices of one group and add each clipped update to the sum."""
         texts = self._texts(self._canaries.contribute(total, self._spec, devices), outcome)
         ready, size = list(texts), self._groups.largest_group if self._groups else 1
@@ -120,7 +120,7 @@ class DeviceHost:
             else:
                 self._train_together(self._groups, total, key, part, outcome)
 
-    def _texts(self, devices: list[int], outcome: _Outcome) -> dict[int, Words]:
+    def _texts(self, devices: list[int], outcome: _TrainedDevices) -> dict[int, Words]:
         """Return the devices' token streams; a device whose text cannot be read fails here, by itself."""
         texts: dict[int, Words] = {}
         for device in devices:
@@ -139,13 +139,14 @@ class DeviceHost:
         return tokens
 
     def _train_together(
-        self, trainer: GroupTrainer, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _Outcome
+        self, trainer: GroupTrainer, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _TrainedDevices
     ) -> None:
         """Train devices in one program and add their updates.
 
         There is no other way to train them: devices that train one by one have other last bits, so a silent second way
-        would make a run's bits depend on what failed. Whatever fails here fails the whole piece of work, the server
-        notes the reason in the ledger and has the piece done again, and a piece that keeps failing ends the run.
+        would make a run's bits depend on what failed. Whatever fails here fails the whole work item, the server
+        notes the reason in the ledger and has the work item done again, and a work item that keeps failing ends the
+        run.
 
         Guarantee:
             A round must never be repeated or end because of what a device's data are (it would tell about them, and
@@ -165,10 +166,10 @@ class DeviceHost:
             cause = one_line(error) if tells_all else type(error).__name__
             raise WorkerError(f"a group of {len(devices)} devices failed: {cause}") from error
         for device, result in zip(devices, results, strict=True):
-            facts = self._facts(total, texts[device], result.loss, result.num_tokens)
-            outcome.add(device, total.add_parts(self._sent(result.parts), facts), result.loss)
+            device_stats = self._device_stats(total, texts[device], result.loss, result.num_tokens)
+            outcome.add(device, total.add_parts(self._sent(result.parts), device_stats), result.loss)
 
-    def _train_alone(self, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _Outcome) -> None:
+    def _train_alone(self, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _TrainedDevices) -> None:
         """Train devices one by one; one that fails contributes zero, and nothing of it reaches another."""
         for device, text in texts.items():
             try:
@@ -176,21 +177,21 @@ class DeviceHost:
             except Exception as error:  # one device's failure must not cost the others their round
                 outcome.fail(device, error)
                 continue
-            facts = self._facts(total, text, result.loss, result.num_tokens)
+            device_stats = self._device_stats(total, text, result.loss, result.num_tokens)
             if self._spec is self._moves:
-                record = total.add(result.update, facts)
+                record = total.add(result.update, device_stats)
             else:
-                record = total.add_parts(self._sent([Part(0, result.update)]), facts)
+                record = total.add_parts(self._sent([Part(0, result.update)]), device_stats)
             outcome.add(device, record, result.loss)
 
     def _sent(self, parts: list[Part]) -> list[Part]:
         """Return what a device sends of its update."""
         return parts if self._spec is self._moves else restricted(parts, self._moves, self._spec)
 
-    def _facts(self, total: ClippedSum, text: Words, loss: float, num_tokens: int) -> Facts:
-        """Return what the round's riders may ask; the words only where one does."""
-        asks_words = any(rider.wants_words for rider in total.clipper.riders)
-        return Facts(loss, num_tokens, text.astype(np.int64) if asks_words else NO_WORDS)
+    def _device_stats(self, total: ClippedSum, text: Words, loss: float, num_tokens: int) -> DeviceStats:
+        """Return what the round's side queries may ask; the words only where one does."""
+        asks_words = any(side_query.wants_words for side_query in total.clip_spec.side_queries)
+        return DeviceStats(loss, num_tokens, text.astype(np.int64) if asks_words else NO_WORDS)
 
     def _tokens(self, device: int) -> Words:
         phrase = self._canaries.tokens(device)
@@ -261,8 +262,8 @@ class DeviceHost:
 
 
 @dataclass
-class _Outcome:
-    """What became of a piece's devices.
+class _TrainedDevices:
+    """What became of a work item's devices.
 
     Arguments:
         trained: (device, norm before the clip, training loss) of each.

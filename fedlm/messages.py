@@ -63,16 +63,17 @@ class TrainRequest:
     Arguments:
         devices: Device ids (U,), group after group.
         group_sizes: (K,) devices of each group; a group trains together, and its bits depend on who is in it.
-        clipper: What to clip with, and what else to ask a device: a `fedlm.privacy.clipping.clip_spec.Clipper` as text.
-        piece: Number of this piece of work in the round.
+        clip_spec: What to clip with, and what else to ask a device: a `fedlm.privacy.clipping.clip_spec.ClipSpec` as
+            text.
+        work_item: Number of this work item in the round.
         sum_name: Names the partial sum. A node keeps one; a request with another name begins a new one.
         flush: Send the partial sum along with the reply.
     """
 
     devices: RowIds
     group_sizes: RowIds
-    clipper: str
-    piece: int = 0
+    clip_spec: str
+    work_item: int = 0
     sum_name: str = ""
     flush: bool = True
 
@@ -80,7 +81,8 @@ class TrainRequest:
 @coded
 @dataclass(frozen=True)
 class TrainReply:
-    """What became of a piece's devices, as far as the simulation may look at it; the updates are in the partial sum.
+    """What became of a work item's devices, as far as the simulation may look at it; the updates are in the partial
+    sum.
 
     Arguments:
         stale: The node could not apply the patch and did nothing.
@@ -112,15 +114,15 @@ class FlushRequest:
 @coded
 @dataclass(frozen=True)
 class PartialSum:
-    """What a node held: the sum over whole pieces, and which ones.
+    """What a node held: the sum over whole work items, and which ones.
 
     Arguments:
-        pieces: (K,) numbers of the pieces; empty when the node holds no sum of the name asked for.
-        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping.clipped_sum`); empty with `pieces`.
+        work_items: (K,) numbers of the work items; empty when the node holds no sum of the name asked for.
+        total: (P,) fixed-point sum of clipped updates (`fedlm.privacy.clipping.clipped_sum`); empty with `work_items`.
         num_devices: Devices in the sum, those that contributed zero included.
     """
 
-    pieces: RowIds
+    work_items: RowIds
     total: npt.NDArray[np.int64]
     num_devices: int
 

@@ -39,7 +39,7 @@ app = ServerApp()
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What the program around a ServerApp gives it.
 
     Arguments:
@@ -51,13 +51,13 @@ class Surroundings:
     fleet: FleetMaker | None = None
 
 
-_surroundings = Surroundings()
+_run_context = RunContext()
 
 
-def surround(surroundings: Surroundings) -> None:
-    """Use these surroundings for every run of this process from now on."""
-    global _surroundings
-    _surroundings = surroundings
+def use_run_context(run_context: RunContext) -> None:
+    """Use this run context for every run of this process from now on."""
+    global _run_context
+    _run_context = run_context
 
 
 @app.main()
@@ -71,12 +71,12 @@ def main(grid: Grid, context: Context) -> None:
     if resumes := bool(context.run_config.get("resume", False)):
         folder = RunFolder.open(out)
     else:
-        ensure_base(config, _surroundings.listener)
+        ensure_base(config, _run_context.listener)
     experiment = Experiment.open(config)
     trainable = experiment.trainable()
     fleet = _fleet_of(experiment, trainable)
     if reason := why_not_grouped(trainable, config):
-        _surroundings.listener({"event": "note", "text": f"devices train one by one: {reason}"})
+        _run_context.listener({"event": "note", "text": f"devices train one by one: {reason}"})
     if not resumes:
         folder = new_folder(out, experiment, trainable)
     with folder.locked():
@@ -89,7 +89,7 @@ def main(grid: Grid, context: Context) -> None:
             spec=trainable.spec,
             values=trainable.initial_values(),
             folder=folder,
-            listener=_surroundings.listener,
+            listener=_run_context.listener,
             fleet=fleet,
         )
         if resumes:
@@ -140,8 +140,8 @@ def _most_coordinates(experiment: Experiment) -> int:
 
 
 def _fleet_of(experiment: Experiment, trainable: Trainable) -> Fleet:
-    if _surroundings.fleet:
-        return _surroundings.fleet(experiment, trainable)
+    if _run_context.fleet:
+        return _run_context.fleet(experiment, trainable)
     if not experiment.config.fleet.is_unconstrained:
         raise ConfigError(
             "fleet.profile and fleet.memory_mb simulate devices, but this run has nodes of its own; "

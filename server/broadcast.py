@@ -11,7 +11,7 @@ from fedlm.messages import EMPTY_IDS, EMPTY_VECTOR, FROM_SCRATCH, Broadcast
 from fedlm.strategies.server_step import ServerState
 from fedlm.trainable.spec import RowIds, UpdateSpec
 from server.round import Round, RoundOpener
-from server.transport.exchange import Order
+from server.transport.exchange import ExchangeSpec
 
 
 class Broadcaster:
@@ -26,20 +26,20 @@ class Broadcaster:
     def __init__(self, run: str, spec: UpdateSpec, rounds: RoundOpener) -> None:
         self._run, self._spec, self._rounds = run, spec, rounds
 
-    def training(self, opened: Round, state: ServerState) -> Order:
+    def training(self, opened: Round, state: ServerState) -> ExchangeSpec:
         """Return the order to train for a round; `state` is that before it."""
-        return self._order("train", state, opened.noise_std, opened)
+        return self._exchange_spec("train", state, opened.noise_std, opened)
 
-    def evaluation(self, state: ServerState) -> Order:
+    def evaluation(self, state: ServerState) -> ExchangeSpec:
         """Return the order to score the model of a state."""
         next_round = state.model.num_steps + 1
-        return self._order("evaluate", state, self._rounds.noise_std(next_round, state.privacy), None)
+        return self._exchange_spec("evaluate", state, self._rounds.noise_std(next_round, state.privacy), None)
 
-    def _order(self, kind: str, state: ServerState, noise_std: float, opened: Round | None) -> Order:
+    def _exchange_spec(self, kind: str, state: ServerState, noise_std: float, opened: Round | None) -> ExchangeSpec:
         def records(*, whole: bool) -> Records:
             return to_records("broadcast", self._broadcast(state, noise_std, opened, whole=whole))
 
-        return Order(kind, f"{state.model.num_steps}", records(whole=False), lambda: records(whole=True))
+        return ExchangeSpec(kind, f"{state.model.num_steps}", records(whole=False), lambda: records(whole=True))
 
     def _broadcast(self, state: ServerState, noise_std: float, opened: Round | None, *, whole: bool) -> Broadcast:
         version, blocks, rows, patch = state.model.num_steps, list[str](), EMPTY_IDS, EMPTY_VECTOR

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlm.errors import OutputError
-from server.participation import OUTCOMES, Turnout
+from server.participation import OUTCOMES, RoundParticipation
 from server.run_folder import owners_alone
 
 NAME = "devices.csv"
@@ -30,12 +30,18 @@ class DeviceLog:
     def __init__(self, folder: Path, *, enabled: bool) -> None:
         self._path, self._enabled = folder / NAME, enabled
 
-    def append(self, turnout: Turnout) -> None:
+    def append(self, participation: RoundParticipation) -> None:
         """Append a line for each device of a round's cohort."""
         if not self._enabled:
             return
-        t = turnout.task.round_number
-        columns = (turnout.task.cohort, turnout.outcomes, turnout.seconds, turnout.bytes_down, turnout.bytes_up)
+        t = participation.task.round_number
+        columns = (
+            participation.task.cohort,
+            participation.outcomes,
+            participation.seconds,
+            participation.bytes_down,
+            participation.bytes_up,
+        )
         rows = zip(*(column.tolist() for column in columns), strict=True)
         lines = [f"{t},{device},{OUTCOMES[what]},{s:.3f},{down},{up}\n" for device, what, s, down, up in rows]
         with self._explained(), open(self._path, "a", encoding="utf-8", opener=owners_alone) as stream:

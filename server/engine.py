@@ -171,7 +171,7 @@ class Engine:
 
     def _collect(self, opened: Round) -> tuple[ClippedSum, CohortReport]:
         """Let the nodes train the round's devices; returns the exact sum and what the simulation saw."""
-        training, clip = opened.turnout.training, opened.clip
+        training, clip = opened.participation.training, opened.clip
         total, report = new_sum(clip, opened.specs.sends.size), CohortReport(len(training), clip.clip_norm)
 
         def take(partial: PartialSum) -> None:
@@ -179,37 +179,37 @@ class Engine:
 
         with ThreadPoolExecutor(1) as side:
             side.submit(self._plan.epsilon, opened.number)  # for the metrics; counted while the nodes train
-            order = self._broadcaster.training(opened, self._state)
-            for index, reply in self._dispatcher.train(order, self._requests(opened), take):
+            exchange_spec = self._broadcaster.training(opened, self._state)
+            for index, reply in self._dispatcher.train(exchange_spec, self._requests(opened), take):
                 report.add(index, reply)
                 self._lines.peak_mb = max(self._lines.peak_mb, reply.peak_mb)
                 event = {"event": "device_done", "round": opened.number, "done": report.done, "total": len(training)}
                 self._listener(event)
         report.figures = self._dispatcher.figures()
         self._note_workers()
-        if warning := report.warning(opened.number) or opened.turnout.warning():
+        if warning := report.warning(opened.number) or opened.participation.warning():
             self._listener({"event": "note", "text": warning})
         return total, report
 
     def _requests(self, opened: Round) -> list[TrainRequest]:
-        """Cut the cohort into pieces of whole groups; the groups depend on the cohort alone, never on the nodes."""
-        training = opened.turnout.training
+        """Cut the cohort into work items of whole groups; the groups depend on the cohort alone, never on the nodes."""
+        training = opened.participation.training
         num_tokens = self._experiment.store.num_tokens[self._experiment.fleet[training]]  # (U,)
         groups = group_devices(num_tokens, self._config)
-        return self._dispatcher.pieces(training, num_tokens, groups, to_text(opened.clip))
+        return self._dispatcher.work_items(training, num_tokens, groups, to_text(opened.clip))
 
     def _release(
         self, opened: Round, total: ClippedSum, report: CohortReport, started: float
     ) -> tuple[Release, dict[str, Any]]:
         """Noise the sum and make the release durable, with what metrics and ledger will say of the round."""
         t = opened.number
-        self._device_log.append(opened.turnout)
+        self._device_log.append(opened.participation)
         release = self._plan.release(total, t, opened.specs.sends)
         seconds = time.monotonic() - started
         record = {
             "metrics": self._lines.metrics(opened, release, report, self._state.privacy, seconds),
             "ledger": self._lines.ledger(opened, total, report, seconds),
-            "clipper": to_text(opened.clip),
+            "clip_spec": to_text(opened.clip),
         }
         self._folder.write_release(t, release_arrays(release, opened.row_ids), record)
         self._num_released = t
@@ -237,7 +237,7 @@ class Engine:
             record["metrics"], self._diagnostics, self._score() if self._evaluation.is_due(t) else None
         )
         self._folder.metric(line)
-        self._listener(self._lines.announcement(line, len(opened.turnout.training)))
+        self._listener(self._lines.announcement(line, len(opened.participation.training)))
 
     def _score(self) -> Score:
         return self._evaluation.score(self._broadcaster.evaluation(self._state))

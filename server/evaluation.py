@@ -11,7 +11,7 @@ from fedlm.losses.metrics import metrics_of
 from fedlm.messages import EvaluateRequest
 from fedlm.randomness import seed_key, stream
 from server.transport.dispatch import Dispatcher
-from server.transport.exchange import Order
+from server.transport.exchange import ExchangeSpec
 
 USERS_PER_REQUEST = 8
 
@@ -37,7 +37,7 @@ class Evaluation:
         """Tell whether the model after round t is scored; the base and the last one always are."""
         return t in (0, self._rounds) or (self._every > 0 and t % self._every == 0)
 
-    def score(self, order: Order) -> Score:
+    def score(self, order: ExchangeSpec) -> Score:
         """Return the score of the model that an order makes known.
 
         Parts are added in a fixed order, so the figure does not depend on the workers.

@@ -72,7 +72,7 @@ class VirtualTime:
 
 
 @dataclass(frozen=True, eq=False)
-class Turnout:
+class RoundParticipation:
     """What became of each device of a cohort.
 
     Arguments:
@@ -107,7 +107,7 @@ class Turnout:
         """(U,) bytes that each device uploaded."""
         return np.where(self.outcomes == TRAINS, self.task.bytes_up, 0)
 
-    def without(self, spent: npt.NDArray[np.bool_]) -> Turnout:
+    def without(self, spent: npt.NDArray[np.bool_]) -> RoundParticipation:
         """Return the same round in which these devices (U,) of the cohort stay away, their own budget being spent."""
         return replace(
             self, outcomes=np.where(spent, np.uint8(SPENT), self.outcomes), seconds=np.where(spent, 0.0, self.seconds)
@@ -155,7 +155,7 @@ class Fleet(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what the ledger's start says of the fleet; equal fleets return equal values."""
 
-    def turnout(self, task: RoundTask) -> Turnout:
+    def participation(self, task: RoundTask) -> RoundParticipation:
         """Return what becomes of each device; the same for the same task, in any order and any process."""
 
 
@@ -166,7 +166,7 @@ class EveryDevice:
         """Return the profile's name."""
         return {"profile": "uniform"}
 
-    def turnout(self, task: RoundTask) -> Turnout:
+    def participation(self, task: RoundTask) -> RoundParticipation:
         """Return that every device trains."""
         num_devices = len(task.cohort)
-        return Turnout(task, np.full(num_devices, TRAINS, np.uint8), np.zeros(num_devices))
+        return RoundParticipation(task, np.full(num_devices, TRAINS, np.uint8), np.zeros(num_devices))

@@ -47,7 +47,7 @@ def _read(cls: type[Reply], name: str, content: RecordDict) -> Reply:
 
 
 def read_train_reply(request: TrainRequest, content: RecordDict) -> TrainReply:
-    """Return a node's answer to a piece of work, its causes cut to plain lines.
+    """Return a node's answer to a work item, its causes cut to plain lines.
 
     Raises:
         DataError: Not a TrainReply, or one about other devices than those asked for, or figures that nobody can have.
@@ -75,19 +75,21 @@ def read_sum(asked: Sequence[tuple[int, TrainRequest]], content: RecordDict) -> 
     """Return a node's sum; the vector itself is checked by the sum that it is added to (`ClippedSum.add_arrays`).
 
     Arguments:
-        asked: Number and request of each piece that the node was asked for.
+        asked: Number and request of each work item that the node was asked for.
         content: The reply.
 
     Returns:
-        A sum of pieces asked for, each at most once; fewer when the node no longer has them.
+        A sum of work items asked for, each at most once; fewer when the node no longer has them.
 
     Raises:
         DataError: Not such a sum.
     """
     partial = _read(PartialSum, "sum", content)
     numbers = [number for number, _ in asked]
-    if len(np.unique(partial.pieces)) < len(partial.pieces) or not _within(partial.pieces, numbers):
-        raise DataError(f"the node's sum holds {len(partial.pieces):,} pieces that are not those asked for, each once")
+    if len(np.unique(partial.work_items)) < len(partial.work_items) or not _within(partial.work_items, numbers):
+        raise DataError(
+            f"the node's sum holds {len(partial.work_items):,} work items that are not those asked for, each once"
+        )
     num_asked = sum(len(request.devices) for _, request in asked)
     if not 0 <= partial.num_devices <= num_asked:
         # The bound on a sum's norm grows with its devices: their number is not the node's to say.

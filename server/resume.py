@@ -10,7 +10,7 @@ from fedlm.codec import join, split
 from fedlm.config.load import config_hash
 from fedlm.config.schema import Config, ExecutionConfig
 from fedlm.errors import DataError
-from fedlm.privacy.adaptive.rule import PrivacyState
+from fedlm.privacy.adaptive.rule import AdaptiveState
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
 from fedlm.strategies import Strategy, StrategyState
@@ -56,7 +56,7 @@ def state_of(arrays: Arrays, meta: Mapping[str, Any]) -> ServerState:
     slots = {name.removeprefix(_SLOT): array for name, array in arrays.items() if name.startswith(_SLOT)}
     learnt = {name.removeprefix(_PRIVACY): array for name, array in arrays.items() if name.startswith(_PRIVACY)}
     model = StrategyState(arrays["values"], slots, meta["num_steps"])
-    return ServerState(model, join(PrivacyState, learnt, meta["privacy_state"], where="stored privacy state"))
+    return ServerState(model, join(AdaptiveState, learnt, meta["privacy_state"], where="stored privacy state"))
 
 
 def replayed(

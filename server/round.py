@@ -12,15 +12,15 @@ from fedlm.errors import ConfigError
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment
 from fedlm.privacy.adaptive.allocation import groups_of
-from fedlm.privacy.adaptive.rule import PrivacyState
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.adaptive.rule import AdaptiveState
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.randomness import round_key
 from fedlm.strategies import Strategy
 from fedlm.strategies.round_specs import RoundSpecs, Schedule
 from fedlm.trainable.rows import row_set
 from fedlm.trainable.spec import RowIds, UpdateSpec
-from server.participation import Fleet, RoundTask, Turnout
+from server.participation import Fleet, RoundParticipation, RoundTask
 from server.payload import DownloadMeter
 
 
@@ -30,7 +30,7 @@ class Round:
 
     Arguments:
         number: t, from 1.
-        turnout: What becomes of each device of the cohort; it holds the cohort.
+        participation: What becomes of each device of the cohort; it holds the cohort.
         specs: What moves, what travels, what changes.
         clip: What the devices clip with.
         key: Of everything random that devices may know.
@@ -38,16 +38,16 @@ class Round:
     """
 
     number: int
-    turnout: Turnout
+    participation: RoundParticipation
     specs: RoundSpecs
-    clip: Clipper
+    clip: ClipSpec
     key: bytes
     noise_std: float
 
     @property
     def cohort(self) -> RowIds:
         """Sampled devices (U,), ascending."""
-        return self.turnout.task.cohort
+        return self.participation.task.cohort
 
     @property
     def row_ids(self) -> RowIds:
@@ -82,54 +82,54 @@ class RoundOpener:
         self._recent: dict[int, RoundSpecs] = {}
         check_switches(strategy, spec, plan, has_canaries=experiment.canaries.count > 0)
 
-    def first_state(self) -> PrivacyState:
+    def first_state(self) -> AdaptiveState:
         """Return what the plan knows before round 1."""
         return self._plan.first_state(self._specs_with(1, self._public_rows(1)).sends)
 
-    def open(self, t: int, state: PrivacyState) -> Round:
+    def open(self, t: int, state: AdaptiveState) -> Round:
         """Sample a round's cohort and decide what it does, from what the rounds before it have released.
 
         Raises:
             BudgetExceededError: A device would come too early or too often.
         """
         specs = self.specs(t, state)
-        clip = self._plan.clipper(state, specs.sends, t)
+        clip = self._plan.clip_spec(state, specs.sends, t)
         key = round_key(self._experiment.config.seed, t)
         return Round(t, self.count(t, state), specs, clip, key, self._plan.noise_std(clip))
 
-    def count(self, t: int, state: PrivacyState) -> Turnout:
+    def count(self, t: int, state: AdaptiveState) -> RoundParticipation:
         """Sample a round's cohort, see who takes part, and count its bytes; `state` is of this round or a later one."""
         specs, cohort = self.specs(t, state), self._plan.sample_cohort(t)
         self.ledger.record(t, cohort)
-        clip = self._plan.clipper(state, specs.sends, t)  # the number of its answers is that of every state
+        clip = self._plan.clip_spec(state, specs.sends, t)  # the number of its answers is that of every state
         encoded_bytes = clip.encoder.num_bytes if clip.encoder else 0
         bytes_down = self._meter.download(cohort, specs.moves)
         task = RoundTask(t, cohort, specs.sends, bytes_down, clip.num_answers, encoded_bytes)
-        turnout = self._fleet.turnout(task).without(self._spent(cohort))
-        self._meter.visited(cohort[turnout.visited], t)
+        participation = self._fleet.participation(task).without(self._spent(cohort))
+        self._meter.visited(cohort[participation.visited], t)
         self._meter.changed(specs.changes, t)
-        self.bytes_up += int(turnout.bytes_up.sum())
-        self.bytes_down += int(turnout.bytes_down.sum())
-        return turnout
+        self.bytes_up += int(participation.bytes_up.sum())
+        self.bytes_down += int(participation.bytes_down.sum())
+        return participation
 
-    def specs(self, t: int, state: PrivacyState) -> RoundSpecs:
+    def specs(self, t: int, state: AdaptiveState) -> RoundSpecs:
         """Return what moves, travels and changes in a round; `state` is of this round or a later one."""
         if t not in self._recent:
             self._recent = {number: specs for number, specs in self._recent.items() if number > t - 3}
             self._recent[t] = self._specs_with(t, self._row_ids(t, state))
         return self._recent[t]
 
-    def noise_std(self, t: int, state: PrivacyState) -> float:
+    def noise_std(self, t: int, state: AdaptiveState) -> float:
         """Return the standard deviation of a coordinate of a round's noised mean."""
-        return self._plan.noise_std(self._plan.clipper(state, self.specs(t, state).sends, t))
+        return self._plan.noise_std(self._plan.clip_spec(state, self.specs(t, state).sends, t))
 
     def _specs_with(self, t: int, row_ids: RowIds) -> RoundSpecs:
         return RoundSpecs.of(self._strategy, self._spec, t, row_ids)
 
-    def _row_ids(self, t: int, state: PrivacyState) -> RowIds:
+    def _row_ids(self, t: int, state: AdaptiveState) -> RowIds:
         """Return the row set of a round: public, or what earlier releases have chosen."""
         config = self._experiment.config.trainable.embedding_rows
-        if self._plan.enabled and 0 < self._plan.adaptation.selection_rounds < t:
+        if self._plan.enabled and 0 < self._plan.adaptive_rule.selection_rounds < t:
             chosen = self._plan.selected_rows(state)
             # No word may stand out of the noise: then the public guess.
             guess = replace(config, sampler="top_k", options=OptionValues())
@@ -164,7 +164,7 @@ def check_switches(strategy: Strategy, spec: UpdateSpec, plan: PrivacyPlan, *, h
             f"{name} sends other blocks in other rounds, but privacy.mechanism = {plan.mechanism.name!r} subtracts "
             "later what it added before; choose gaussian"
         )
-    allocation = plan.adaptation.allocation if plan.enabled else "isotropic"
+    allocation = plan.adaptive_rule.allocation if plan.enabled else "isotropic"
     if allocation != "isotropic" and any(groups_of(one) != groups_of(first) for one in sent):
         raise ConfigError(
             f"{name} sends other kinds of blocks in other rounds, among which privacy.allocation = {allocation!r} "

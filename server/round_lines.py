@@ -17,7 +17,7 @@ from fedlm.config.schema import Config
 from fedlm.losses.evaluation import Score
 from fedlm.losses.metrics import evaluation_figures
 from fedlm.messages import NOT_FINITE, TrainReply
-from fedlm.privacy.adaptive.rule import PrivacyState
+from fedlm.privacy.adaptive.rule import AdaptiveState
 from fedlm.privacy.clipping.clipped_sum import ClippedSum
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
@@ -36,7 +36,7 @@ class CohortReport:
     def __init__(self, num_sampled: int, clip_norm: float) -> None:
         self.num_sampled, self._clip_norm = num_sampled, clip_norm
         self.figures: dict[str, float] = {}  # of the grid
-        self._replies: dict[int, TrainReply] = {}  # by piece
+        self._replies: dict[int, TrainReply] = {}  # by work item
 
     @property
     def num_trained(self) -> int:
@@ -58,9 +58,9 @@ class CohortReport:
             for device, cause in zip(reply.failed.tolist(), reply.causes, strict=True)
         }
 
-    def add(self, piece: int, reply: TrainReply) -> None:
-        """Take in a node's reply, in place of an earlier one to a piece that was done again."""
-        self._replies[piece] = reply
+    def add(self, work_item: int, reply: TrainReply) -> None:
+        """Take in a node's reply, in place of an earlier one to a work item that was done again."""
+        self._replies[work_item] = reply
 
     def warning(self, t: int) -> str:
         """Return what to tell the user when a whole cohort failed; empty otherwise."""
@@ -153,17 +153,17 @@ class RunLines:
 
     def ledger(self, opened: Round, total: ClippedSum, report: CohortReport, seconds: float) -> list[dict[str, Any]]:
         """Return a round's ledger lines: one for each device that failed, one for the round."""
-        turnout = opened.turnout
-        up, down = int(turnout.bytes_up.sum()), int(turnout.bytes_down.sum())
+        participation = opened.participation
+        up, down = int(participation.bytes_up.sum()), int(participation.bytes_down.sum())
         *failures, summary = report.ledger_lines(opened.number, up, down, seconds)
         summary |= {"reclipped": total.num_reclipped} if total.num_reclipped else {}
-        return [*failures, turnout.complete(summary)]
+        return [*failures, participation.complete(summary)]
 
     def metrics(
-        self, opened: Round, release: Release, report: CohortReport, state: PrivacyState, seconds: float
+        self, opened: Round, release: Release, report: CohortReport, state: AdaptiveState, seconds: float
     ) -> dict[str, Any]:
         """Return what metrics.jsonl says of a round before its evaluation; `state` is that of the round."""
-        virtual = opened.turnout.time
+        virtual = opened.participation.time
         return {
             "round": opened.number,
             "seconds": round(self._seconds(), 3),
@@ -204,12 +204,12 @@ class RunLines:
             "devices_per_second": num_devices / max(line["round_seconds"], 1e-3),
         }
 
-    def _privacy(self, release: Release, state: PrivacyState) -> dict[str, Any]:
+    def _privacy(self, release: Release, state: AdaptiveState) -> dict[str, Any]:
         """Return what a round's metrics say of its privacy beside epsilon: all of it released or public."""
         if not self._plan.enabled:
             return {}
         allocated = {"scales": list(state.allocation.scales)} if state.allocation else {}
-        metrics = self._plan.adaptation.metric_means(release)
+        metrics = self._plan.adaptive_rule.metric_means(release)
         named = {name: json_number(value) for name, value in metrics.items()}
         return {"clip_norm": state.clip_norm, **allocated, **({"dp_metrics": named} if named else {})}
 

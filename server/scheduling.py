@@ -1,7 +1,7 @@
-"""Cuts a round's groups into pieces of work: large ones first, small ones last, so that all nodes end together.
+"""Cuts a round's groups into work items: large ones first, small ones last, so that all nodes end together.
 
-Each piece takes a fixed share of what is left (guided self-scheduling, Polychronopoulos and Kuck 1987). Pieces are
-whole groups, and which piece a group is in changes nothing but who trains it.
+Each work item takes a fixed share of what is left (guided self-scheduling, Polychronopoulos and Kuck 1987). Work items
+are whole groups, and which work item a group is in changes nothing but who trains it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-PIECES_PER_NODE = 4  # a node takes 1/4 of its even share of what is left
-MAX_DEVICES = 256  # so that progress shows, and a lost piece is a small loss
+WORK_ITEMS_PER_NODE = 4  # a node takes 1/4 of its even share of what is left
+MAX_DEVICES = 256  # so that progress shows, and a lost work item is a small loss
 
 
-def cut_pieces(
+def cut_work_items(
     num_tokens: npt.NDArray[np.int64],
     groups: Sequence[npt.NDArray[np.int64]],
     *,
@@ -28,19 +28,19 @@ def cut_pieces(
         num_tokens: (U,) tokens of each device, the measure of its work.
         groups: Positions in `num_tokens`, largest devices first.
         num_nodes: Nodes that share the work.
-        one_each: As few pieces as nodes, of equal work: for nodes whose every reply carries a whole sum. More only
-            where a piece would exceed `MAX_DEVICES` devices.
+        one_each: As few work items as nodes, of equal work: for nodes whose every reply carries a whole sum. More only
+            where a work item would exceed `MAX_DEVICES` devices.
     """
     costs = np.array([float(num_tokens[group].sum() + len(group)) for group in groups])  # (K,)
     left = np.cumsum(costs[::-1])[::-1]  # (K,) work of this group and all later ones
-    pieces: list[Sequence[npt.NDArray[np.int64]]] = []
+    work_items: list[Sequence[npt.NDArray[np.int64]]] = []
     start = 0
     while start < len(groups):
-        shares = max(num_nodes - len(pieces), 1) if one_each else PIECES_PER_NODE * num_nodes
+        shares = max(num_nodes - len(work_items), 1) if one_each else WORK_ITEMS_PER_NODE * num_nodes
         most, devices, end = left[start] / shares * (1 + 1e-9), len(groups[start]), start + 1
         while end < len(groups) and costs[start : end + 1].sum() <= most and devices + len(groups[end]) <= MAX_DEVICES:
             devices += len(groups[end])
             end += 1
-        pieces.append(groups[start:end])
+        work_items.append(groups[start:end])
         start = end
-    return pieces
+    return work_items

@@ -60,14 +60,14 @@ def simulate(config: Config, out: Path | None, listener: Listener) -> RunSummary
         listener({"event": "note", "text": stamp})
     server.ensure_base(config, listener)
     config = _with_device_noise(_with_products(config, listener))
-    return _run(config, path, server.Surroundings(listener, fleet), resume=False)
+    return _run(config, path, server.RunContext(listener, fleet), resume=False)
 
 
 def resume(run: Path, listener: Listener) -> RunSummary:
     """Continue a run that was interrupted or killed; a finished one only gets its report again."""
     folder = RunFolder.open(run)
     config = config_from_toml(folder.text(CONFIG))
-    return _run(config, run, server.Surroundings(listener, fleet_maker(config.fleet.profile)), resume=True)
+    return _run(config, run, server.RunContext(listener, fleet_maker(config.fleet.profile)), resume=True)
 
 
 def pretrain(config: Config, listener: Listener) -> Path:
@@ -77,15 +77,15 @@ def pretrain(config: Config, listener: Listener) -> Path:
     return base_folder(config)
 
 
-def _run(config: Config, path: Path, surroundings: server.Surroundings, *, resume: bool) -> RunSummary:
-    server.surround(surroundings)
+def _run(config: Config, path: Path, run_context: server.RunContext, *, resume: bool) -> RunSummary:
+    server.use_run_context(run_context)
     run_config: dict[str, Scalar] = {
         "config": config_to_toml(config),
         "out": str(path.resolve()),
         "resume": resume,
     }
     try:
-        with _grid(config, run_config, surroundings.listener) as grid:
+        with _grid(config, run_config, run_context.listener) as grid:
             server.app(grid, _server_context(run_config))
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; continue with `fedlm resume {path}`") from error
@@ -94,7 +94,8 @@ def _run(config: Config, path: Path, surroundings: server.Surroundings, *, resum
 
 
 def _with_products(config: Config, listener: Listener) -> Config:
-    """Return the config with the route of matrix products settled, once for the whole run: it decides the last bits."""
+    """Return the config with the backend of matrix products settled, once for the whole run: it decides the last
+    bits."""
     wanted = config.execution.products
     with one_thread():
         if wanted == "auto":

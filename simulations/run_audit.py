@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fedlm.audit import AuditReport, Products, TextReport, View, products, scores, strengths
 from fedlm.audit.gaussian_bound import epsilon_of_distance
 from fedlm.audit.phrase_losses import phrase_losses
-from fedlm.audit.report import Cost, make_view
+from fedlm.audit.report import CanaryCost, make_view
 from fedlm.audit.text import exposures, fresh_phrases, phrase, rank_sum_p
 from fedlm.audit.whitening import whitening
 from fedlm.codec import from_text
@@ -22,7 +22,7 @@ from fedlm.config.schema import Config
 from fedlm.config.validate import validate
 from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import UpdateSpec, Vector
@@ -202,16 +202,16 @@ class _Case:
             p_value=rank_sum_p(inside, outside),
         )
 
-    def cost(self) -> Cost:
+    def cost(self) -> CanaryCost:
         """Return what the canaries cost in the first round."""
         canaries, plan = self.experiment.canaries, self.plan
         num_members = int(canaries.members()[: canaries.num_gradient].sum())
-        clipper, (_, first) = self._clipper(1), next(self.folder.releases(after=0))
+        clip_spec, (_, first) = self._clip_spec(1), next(self.folder.releases(after=0))
         share = plan.cohort / plan.fleet_size
-        return Cost(
+        return CanaryCost(
             fleet_share=canaries.count / plan.fleet_size,
-            canary_norm=sqrt(num_members * share) * clipper.clip_norm / plan.cohort,
-            noise_norm=plan.noise_std(clipper) * sqrt(first["mean"].size) * plan.mechanism.noise_growth(plan.cohort),
+            canary_norm=sqrt(num_members * share) * clip_spec.clip_norm / plan.cohort,
+            noise_norm=plan.noise_std(clip_spec) * sqrt(first["mean"].size) * plan.mechanism.noise_growth(plan.cohort),
         )
 
     def _vectors(self) -> tuple[UpdateSpec, Vector]:
@@ -233,11 +233,11 @@ class _Case:
         return seen, vectors
 
     def _in_clip_norms(self, t: int, mean: Vector) -> Vector:
-        clipper = self._clipper(t)
-        vector = mean * np.float32(self.plan.cohort / (clipper.clip_norm * sqrt(mean.size)))
-        if clipper.geometry:
-            for start, stop, group in clipper.geometry.spans:
-                vector[start:stop] /= np.float32(clipper.geometry.scales[group])
+        clip_spec = self._clip_spec(t)
+        vector = mean * np.float32(self.plan.cohort / (clip_spec.clip_norm * sqrt(mean.size)))
+        if clip_spec.block_scaling:
+            for start, stop, group in clip_spec.block_scaling.spans:
+                vector[start:stop] /= np.float32(clip_spec.block_scaling.scales[group])
         return vector
 
     def _participations(self) -> Floats:
@@ -249,8 +249,8 @@ class _Case:
             taken[t - 1, numbers[(numbers >= 0) & (numbers < canaries.num_gradient)]] = 1.0
         return taken
 
-    def _clipper(self, t: int) -> Clipper:
-        return from_text(Clipper, self.folder.release_record(t)["clipper"], where="clipper in the journal")
+    def _clip_spec(self, t: int) -> ClipSpec:
+        return from_text(ClipSpec, self.folder.release_record(t)["clip_spec"], where="clip spec in the journal")
 
 
 def _notes(case: _Case, size: int) -> tuple[str, ...]:

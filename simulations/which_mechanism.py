@@ -11,7 +11,7 @@ from typing import Any
 from fedlm.codec import from_text
 from fedlm.errors import DataError, OutputError
 from fedlm.privacy.mechanisms.compare import EPSILONS, Row, advice, compare
-from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.privacy.plan_parameters import PlanParameters
 from server.run_folder import PLAN, write_atomically
 from simulations.report import write_report
 from simulations.run_files import COMPARISON, read_run
@@ -53,19 +53,19 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
         OutputError: The folder cannot be written.
     """
     record = read_run(run)
-    terms = _terms(run)
-    rule, epsilon = terms.mechanism.participation, _target(terms)
+    plan_parameters = _plan_parameters(run)
+    rule, epsilon = plan_parameters.mechanism.participation, _target(plan_parameters)
     kept = rule.separation if rule.sampler == "separated" else 0
     rows = compare(
         population=rule.population,
         cohort=rule.cohort,
         rounds=rule.rounds,
-        delta=terms.delta,
+        delta=plan_parameters.delta,
         epsilons=sorted({*(epsilons or EPSILONS), epsilon}),
         separation=separation or kept,
         max_vectors=max_vectors,
     )
-    found = Comparison(rows, advice(rows), _own(terms, epsilon), record.stamps)
+    found = Comparison(rows, advice(rows), _own(plan_parameters, epsilon), record.stamps)
     path = run / COMPARISON
     try:
         write_atomically(path, (json.dumps(found.to_fields(), indent=1, allow_nan=False) + "\n").encode())
@@ -75,26 +75,28 @@ def compare_run(run: Path, *, epsilons: Sequence[float] = (), separation: int = 
     return found
 
 
-def _terms(run: Path) -> PrivacyTerms:
+def _plan_parameters(run: Path) -> PlanParameters:
     try:
-        terms = from_text(PrivacyTerms, (run / PLAN).read_bytes(), where="stored privacy plan")
+        plan_parameters = from_text(PlanParameters, (run / PLAN).read_bytes(), where="stored privacy plan")
     except OSError as error:
         raise DataError(f"{run / PLAN} cannot be read: {error.strerror}; give the --out of a run") from error
-    if not terms.enabled:
+    if not plan_parameters.enabled:
         raise DataError(f"{run} ran without privacy, so there is no epsilon to compare at; give a private run")
-    return terms
+    return plan_parameters
 
 
-def _target(terms: PrivacyTerms) -> float:
+def _target(plan_parameters: PlanParameters) -> float:
     """Return the budget, or what the noise costs where only its multiplier was given."""
-    spent: float = terms.mechanism.epsilon(
-        noise_multiplier=terms.noise_multiplier, num_releases=terms.rounds, delta=terms.delta
+    spent: float = plan_parameters.mechanism.epsilon(
+        noise_multiplier=plan_parameters.noise_multiplier,
+        num_releases=plan_parameters.rounds,
+        delta=plan_parameters.delta,
     )
-    return float(terms.epsilon_target) or spent
+    return float(plan_parameters.epsilon_target) or spent
 
 
-def _own(terms: PrivacyTerms, epsilon: float) -> dict[str, Any]:
-    z, mechanism = terms.noise_multiplier, terms.mechanism
+def _own(plan_parameters: PlanParameters, epsilon: float) -> dict[str, Any]:
+    z, mechanism = plan_parameters.noise_multiplier, plan_parameters.mechanism
     return {
         "mechanism": mechanism.name,
         "epsilon": epsilon,

@@ -166,14 +166,14 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
         return made_with(cls, share=shares, names=names)
     if cls is side_queries.ClipBit:
         return made_with(cls, share=shares, quantile=st.floats(0.01, 0.99))
-    if issubclass(cls, side_queries.Rider):
+    if issubclass(cls, side_queries.SideQuery):
         return made_with(cls, share=shares, **dict.fromkeys(("num_groups", "vocabulary_size"), counts))
     if cls is noise_levels.NoiseLevels:
         variances = st.floats(0, 1e9, width=32)
         rows = arrays(np.float32, array_shapes(max_dims=1, min_side=0), elements=variances)
         return made_with(cls, rows=rows, weights=st.dictionaries(st.text(), variances, max_size=3))
     special_fields: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
-        block_scaling.Geometry: {
+        block_scaling.BlockScaling: {
             "spans": st.just(((0, 4, 0), (4, 5, 1))), "scales": tuples(positive, 2),
             "limits": st.sampled_from([(), (0.6, 0.8)]), "noise": st.one_of(st.just(()), tuples(st.floats(1, 9), 2)),
         },
@@ -183,16 +183,16 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
             "max_devices": st.integers(12, 99), "max_participations": counts,
             "debug_key": st.sampled_from(["", "0123456789abcdef" * 2]),
         },
-        clip_spec.Clipper: {
+        clip_spec.ClipSpec: {
             "clip_norm": positive,
-            "riders": st.lists(values_of(side_queries.Rider), max_size=3).map(tuple),
+            "side_queries": st.lists(values_of(side_queries.SideQuery), max_size=3).map(tuple),
         },
         allocation.AllocationState: {
             **{name: tuples(values_of(float), 3) for name in ("scales", "moments", "sensitivity", "uncertainty")},
             "num_rounds": counts,
         },
-        adaptation.PrivacyState: {"clip_norm": st.one_of(positive, st.just(math.inf))},
-        adaptation.Adaptation: {
+        adaptation.AdaptiveState: {"clip_norm": st.one_of(positive, st.just(math.inf))},
+        adaptation.AdaptiveRule: {
             "allocation": st.sampled_from(allocation.KINDS), "metrics": tuples(st.text(), 2),
         },
     }  # fmt: skip

@@ -19,7 +19,7 @@ from fedlm.config import Config, load_config
 from fedlm.config.schema import ExampleDpConfig
 from fedlm.data.batching import Batch, sequences
 from fedlm.example_dp.language import LanguageTask, Sequences
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.trainer import DpTrainer
 from fedlm.experiment import Experiment
@@ -45,7 +45,7 @@ def held_out_loss(task: LanguageTask, text: Batch) -> float:
     """Return the mean loss of sequences, in nats a word."""
     task.model.eval()
     with torch.no_grad():
-        return float(task.losses(text, Tape(len(text.inputs))).mean())
+        return float(task.losses(text, PerExampleGradients(len(text.inputs))).mean())
 
 
 def train(

@@ -46,7 +46,7 @@ def federated_round(
     plan: fedlm.PrivacyPlan, strategy: fedlm.Strategy, state: ServerState, specs: RoundSpecs, t: int, devices: Devices
 ) -> ServerState:
     """Return the server's state after round t."""
-    clip = plan.clipper(state.privacy, specs.sends, t)  # public: every device gets it
+    clip = plan.clip_spec(state.privacy, specs.sends, t)  # public: every device gets it
     blocks = (specs.moves.full or specs.moves).views(state.model.values)
     total = new_sum(clip, specs.sends.size)  # integers: the order of devices cannot change it
     for device in plan.sample_cohort(t).tolist():

@@ -123,7 +123,7 @@ class TextReport:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CanaryCost:
     """What gradient canaries cost the model, norms in units of the mean update of a round.
 
     Arguments:
@@ -165,7 +165,7 @@ class AuditReport:
     num_coordinates: int
     views: tuple[View, ...]
     text: TextReport | None
-    cost: Cost
+    cost: CanaryCost
     notes: tuple[str, ...]
 
     @property

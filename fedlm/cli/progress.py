@@ -100,7 +100,7 @@ def _shown(*, quiet: bool, json: bool) -> Iterator[Listener]:
             yield Lines(_write_line)
     else:
         with _bar() as bar, redirect_stdout(sys.stderr):
-            yield Bar(bar)
+            yield ProgressBar(bar)
 
 
 def sentence(event: _Event) -> str:
@@ -182,7 +182,7 @@ class Lines:
         return ended or self._clock() - self._last >= self._every_s
 
 
-class Bar:
+class ProgressBar:
     """A listener that moves one rich progress bar; stages and warnings are printed above it."""
 
     def __init__(self, bar: Progress) -> None:

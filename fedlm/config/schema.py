@@ -346,7 +346,7 @@ class ExecutionConfig:
     group_size: int = option(16, "devices that train together in one batched program, at most", low=1, high=1024)
     products: str = option(
         "auto",
-        "matrix products: fp32, onednn (another fp32 route), auto (the faster of them, by a self-test when a run "
+        "matrix products: fp32, onednn (another fp32 backend), auto (the faster of them, by a self-test when a run "
         "starts), bf16 (frozen weights rounded to it)",
         choices=("auto", "fp32", "onednn", "bf16"),
     )

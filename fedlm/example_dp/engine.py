@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
-from fedlm.example_dp.layers.hooks import Taps
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.layers.hooks import LayerHooks
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics, watched_modules
 from fedlm.example_dp.task import BatchT, Task
 
@@ -66,7 +66,7 @@ class PerExampleEngine(Generic[BatchT]):
 
     def __init__(self, task: Task[BatchT]) -> None:
         self._task = task
-        self._taps = Taps(task.model, watched_modules(task.model, task.trained))
+        self._layer_hooks = LayerHooks(task.model, watched_modules(task.model, task.trained))
         self._batch_norms = batch_norms(task.model)
         refuse_batch_statistics(self._batch_norms)
 
@@ -78,47 +78,51 @@ class PerExampleEngine(Generic[BatchT]):
                 shape than (B,); batch statistics.
         """
         refuse_batch_statistics(self._batch_norms)
-        tape, losses = differentiate(self._task, batch, self._taps)
-        norms = total_norms(tape)  # (B,)
-        sums = _weighted_sums(tape, rule.factors(norms).to(losses), self._task.trained)
+        per_example, losses = differentiate(self._task, batch, self._layer_hooks)
+        norms = total_norms(per_example)  # (B,)
+        sums = _weighted_sums(per_example, rule.factors(norms).to(losses), self._task.trained)
         return ClippedGradients.of(sums, norms, losses, rule)
 
 
 @torch.no_grad()
-def _weighted_sums(tape: Tape, factors: Tensor, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sums of all that trains, zeros where nothing was contributed; empties the tape."""
+def _weighted_sums(
+    per_example: PerExampleGradients, factors: Tensor, trained: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the sums of all that trains, zeros where nothing was contributed; empties the per-example gradients."""
     sums: dict[str, Tensor] = {}
-    while tape.contributions:  # each frees its memory as it goes
-        for name, part in tape.contributions.pop().weighted_sums(factors).items():
+    while per_example.contributions:  # each frees its memory as it goes
+        for name, part in per_example.contributions.pop().weighted_sums(factors).items():
             assert name not in sums, f"two contributions to {name}: its norm lacks what they have in common"
             sums[name] = part
     assert sums.keys() <= trained.keys(), f"contributions to {sums.keys() - trained.keys()}, which do not train"
     return {name: sums[name] if name in sums else torch.zeros_like(t.detach()) for name, t in trained.items()}
 
 
-def differentiate(task: Task[BatchT], batch: BatchT, taps: Taps, *, only: int | None = None) -> tuple[Tape, Tensor]:
-    """Return the tape, complete, and the losses (B,), detached.
+def differentiate(
+    task: Task[BatchT], batch: BatchT, layer_hooks: LayerHooks, *, only: int | None = None
+) -> tuple[PerExampleGradients, Tensor]:
+    """Return the per-example gradients, complete, and the losses (B,), detached.
 
     The backward pass goes down to the lowest tap and computes nothing else: no parameter of the model gets a `grad`.
 
     Arguments:
         task: What to run.
         batch: Of B examples.
-        taps: Of the task's model.
+        layer_hooks: Of the task's model.
         only: Differentiate the loss of this example alone.
 
     Raises:
         ConfigError: The task does not give one loss for each example.
     """
-    tape = Tape(task.num_examples(batch))
-    with torch.enable_grad(), taps.on(tape):
-        losses = checked_losses(task.losses(batch, tape), tape.num_examples)
+    per_example = PerExampleGradients(task.num_examples(batch))
+    with torch.enable_grad(), layer_hooks.on(per_example):
+        losses = checked_losses(task.losses(batch, per_example), per_example.num_examples)
         if losses.requires_grad:
             weights = torch.ones_like(losses)  # (B,)
             if only is not None:
                 weights.zero_()[only] = 1
-            torch.autograd.grad(losses, [tape.trigger], weights, allow_unused=True)
-    return tape, losses.detach()
+            torch.autograd.grad(losses, [per_example.trigger], weights, allow_unused=True)
+    return per_example, losses.detach()
 
 
 def checked_losses(losses: Tensor, num_examples: int) -> Tensor:
@@ -136,9 +140,9 @@ def checked_losses(losses: Tensor, num_examples: int) -> Tensor:
 
 
 @torch.no_grad()
-def total_norms(tape: Tape) -> Tensor:
+def total_norms(per_example: PerExampleGradients) -> Tensor:
     """Return the norm of each example's whole gradient, (B,) float64, after the backward pass."""
-    total = torch.zeros(tape.num_examples, dtype=torch.float64)
-    for contribution in tape.contributions:
+    total = torch.zeros(per_example.num_examples, dtype=torch.float64)
+    for contribution in per_example.contributions:
         total += contribution.squared_norms().double().cpu()
     return total.sqrt()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedlm.errors import ConfigError
 from fedlm.example_dp.engine import differentiate, total_norms
-from fedlm.example_dp.layers.hooks import Taps, Watched
+from fedlm.example_dp.layers.hooks import LayerHooks, Watched
 from fedlm.example_dp.refusals import watched_modules
 from fedlm.example_dp.task import BatchT, Examples, Task
 
@@ -47,8 +47,8 @@ def check_independence(task: Task[BatchT], examples: Examples[BatchT], indices: 
     assert len(chosen) >= 2, "one example cannot depend on another"
     with _evaluation(task.model):
         together = _check_gradients(task, examples.batch(chosen))
-        untapped = Taps(task.model, [])
-        alone = [differentiate(task, examples.batch(chosen[i : i + 1]), untapped)[1] for i in range(len(chosen))]
+        unhooked = LayerHooks(task.model, [])
+        alone = [differentiate(task, examples.batch(chosen[i : i + 1]), unhooked)[1] for i in range(len(chosen))]
     found = torch.cat(alone)  # (B,)
     both_bad = ~torch.isfinite(together) & ~torch.isfinite(found)
     tolerance = _TOLERANCE.get(together.dtype, 1e-2) * (1 + found.abs())
@@ -59,18 +59,18 @@ def check_independence(task: Task[BatchT], examples: Examples[BatchT], indices: 
 
 def _check_gradients(task: Task[BatchT], batch: BatchT) -> Tensor:
     """Return the losses (B,) of a batch in which one of them has been differentiated."""
-    tape, losses = differentiate(task, batch, Taps(task.model, _watched(task)), only=0)
-    norms = total_norms(tape)  # (B,)
+    per_example, losses = differentiate(task, batch, LayerHooks(task.model, _watched(task)), only=0)
+    norms = total_norms(per_example)  # (B,)
     if bool((norms[1:] > _LEAST_GRADIENT * norms[0]).any()):
         raise ConfigError(_message("it has a gradient at the activations of another example"))
     parameters = {name for name, _ in task.model.named_parameters(remove_duplicate=False)}
     reached: set[str] = set()
-    for contribution in tape.contributions:
+    for contribution in per_example.contributions:
         reached |= contribution.weighted_sums(torch.ones_like(losses)).keys()
     if lost := sorted(task.trained.keys() - parameters - reached):
         raise ConfigError(
             f"trained tensor '{lost[0]}' is no parameter of the model (a buffer?) and the task adds nothing to the "
-            "tape for it; leave it out of `trained`, or make it a parameter"
+            "per-example gradients for it; leave it out of `trained`, or make it a parameter"
         )
     return losses
 

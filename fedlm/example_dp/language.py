@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlm.config.schema import Config
 from fedlm.data.batching import Batch
 from fedlm.errors import ConfigError
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Examples, Task
 from fedlm.losses.negatives import NoiseDistribution
@@ -78,20 +78,20 @@ class LanguageTask(Task[Batch]):
         """Return B."""
         return len(batch.inputs)
 
-    def losses(self, batch: Batch, tape: Tape) -> Tensor:
+    def losses(self, batch: Batch, per_example: PerExampleGradients) -> Tensor:
         """Return each sequence's mean loss over its own targets, (B,); 0 for one without targets."""
         model, tables = self.model, self._tables()
         device = model.input_table.device
         inputs, targets, mask, read = (
             torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.mask, batch.read)
         )  # (B, T) each
-        rows = tables.look_up(tape, inputs, read)  # (B, T, D)
+        rows = tables.look_up(per_example, inputs, read)  # (B, T, D)
         hidden = model.body(model.embed(rows), read, model.row_noise(inputs))  # (B, T, D)
         if self._noise is None:
-            return tables.full_softmax(tape, hidden, targets, mask, self._loss.chunk)
+            return tables.full_softmax(per_example, hidden, targets, mask, self._loss.chunk)
         negatives = torch.from_numpy(self._noise.draw(stream(self._key, "negatives", self._step))).to(device)  # (K,)
         log_expected = self._log_expected.to(tables.output_table)  # (V,)
-        return tables.sampled(tape, hidden, targets, mask, negatives, log_expected, self._loss.kind)
+        return tables.sampled(per_example, hidden, targets, mask, negatives, log_expected, self._loss.kind)
 
     def _tables(self) -> TrainedTables:
         model = self.model

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule, accepted
 from fedlm.example_dp.engine import ClippedGradients, checked_losses
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.refusals import batch_norms, refuse_batch_statistics
 from fedlm.example_dp.task import BatchT, Task
 
@@ -59,7 +59,7 @@ class OpacusEngine(Generic[BatchT]):
         refuse_batch_statistics(self._batch_norms)
         B = self._task.num_examples(batch)
         with torch.enable_grad(), _hooked(self._task.model, self._trained):
-            losses = checked_losses(self._task.losses(batch, Tape(B)), B)
+            losses = checked_losses(self._task.losses(batch, PerExampleGradients(B)), B)
             if losses.requires_grad:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
             gradients = {name: _per_example(name, parameter, B) for name, parameter in self._trained.items()}

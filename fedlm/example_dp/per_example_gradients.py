@@ -1,8 +1,8 @@
 """What one forward and backward pass leaves behind for the gradients of single examples.
 
 Every trainable piece of a model (a linear module, a LayerNorm, the embedding tables) adds one `Contribution` to the
-pass's `Tape`. Once the backward pass is done each of them knows the squared norm of its gradient for each example, and,
-given each example's clip factor, their weighted sum. No piece ever needs a second backward pass.
+pass's `PerExampleGradients`. Once the backward pass is done each of them knows the squared norm of its gradient for
+each example, and, given each example's clip factor, their weighted sum. No piece ever needs a second backward pass.
 
 Legend: B examples of a physical batch.
 """
@@ -32,7 +32,7 @@ class Contribution(ABC):
         """
 
 
-class Tape:
+class PerExampleGradients:
     """Collects the contributions of one pass.
 
     Arguments:
@@ -46,5 +46,5 @@ class Tape:
         """An input for autograd functions that must run backward although none of their tensors has a gradient."""
 
     def add(self, contribution: Contribution) -> None:
-        """Note a piece; its parameters are those of no other contribution of this tape."""
+        """Note a piece; its parameters are those of no other contribution of these per-example gradients."""
         self.contributions.append(contribution)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 
 BatchT = TypeVar("BatchT")
 CovariantBatch = TypeVar("CovariantBatch", covariant=True)
@@ -61,10 +61,10 @@ class Task(ABC, Generic[BatchT]):
         """
 
     @abstractmethod
-    def losses(self, batch: BatchT, tape: Tape) -> Tensor:
+    def losses(self, batch: BatchT, per_example: PerExampleGradients) -> Tensor:
         """Return the loss of each example, (B,), with a graph.
 
         Each one must depend on its own example alone: sums or means over an example's own tokens, no statistics of the
         batch, no negatives out of the batch. Trained tensors that are no parameters of `model` add their contribution
-        to the tape here.
+        to the per-example gradients here.
         """

@@ -32,7 +32,7 @@ ENGINES = ("fedlm", "opacus")
 ContravariantBatch = TypeVar("ContravariantBatch", contravariant=True)
 
 
-class Engine(Protocol[ContravariantBatch]):
+class ClippingEngine(Protocol[ContravariantBatch]):
     """Computes clipped gradients."""
 
     def clipped(self, batch: ContravariantBatch, rule: ClipRule) -> ClippedGradients:
@@ -209,7 +209,7 @@ class DpTrainer(Generic[BatchT]):
         self._is_checked = True
 
 
-def _engine(name: str, task: Task[BatchT]) -> Engine[BatchT]:
+def _engine(name: str, task: Task[BatchT]) -> ClippingEngine[BatchT]:
     if name == "fedlm":
         return PerExampleEngine(task)
     if name == "opacus":

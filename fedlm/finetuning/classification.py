@@ -21,7 +21,7 @@ from torch import Tensor
 from fedlm.config.schema import Config
 from fedlm.data.examples import TextRows
 from fedlm.errors import DataError
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.task import Task
 from fedlm.models.encoders import HEAD, Encoder
 from fedlm.models.weights import thaw
@@ -107,7 +107,7 @@ class ClassificationTask(Task[TextBatch]):
         """Return B."""
         return len(batch.labels)
 
-    def losses(self, batch: TextBatch, tape: Tape) -> Tensor:
+    def losses(self, batch: TextBatch, per_example: PerExampleGradients) -> Tensor:
         """Return the cross-entropy of each text, (B,)."""
         return F.cross_entropy(logits(self.model, batch), torch.from_numpy(batch.labels), reduction="none")
 

@@ -59,7 +59,7 @@ class TransformerModel(LanguageModel):
         self.positions = Positions(max_length, d_model)
         self.dropout = Dropout(dropout, self.dropout_generator)
         self.blocks = nn.ModuleList(
-            Block(d_model, num_heads, d_ff, dropout, self.dropout_generator) for _ in range(num_layers)
+            TransformerBlock(d_model, num_heads, d_ff, dropout, self.dropout_generator) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(d_model)
         self.re_attention = re_attention
@@ -120,7 +120,7 @@ class TransformerModel(LanguageModel):
         variance = noise[..., None].to(x.dtype) + flow.of(self.positions.weight)  # (B, T, 1)
         stream = Noised(self.dropout(self.positions(x)), variance.expand_as(x))  # (B, T, D)
         for block in self.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, TransformerBlock)
             stream = block.noised(stream, flow)  # (B, T, D)
         return self.norm(stream.mean)  # type: ignore[no-any-return]
 
@@ -149,7 +149,7 @@ class TransformerModel(LanguageModel):
                 module.reset_parameters()
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-LayerNorm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float, generator: torch.Generator) -> None:

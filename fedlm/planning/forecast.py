@@ -18,7 +18,7 @@ from fedlm.models.base import LanguageModel
 from fedlm.models.factory import empty_model
 from fedlm.planning.device_cost import CostModel
 from fedlm.planning.touched_pages import received_probabilities
-from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.privacy.plan_parameters import PlanParameters
 from fedlm.strategies.contract import strategy_of
 from fedlm.strategies.round_specs import Schedule
 from fedlm.trainable.rows import row_set
@@ -89,16 +89,16 @@ def schedule_of(config: Config, full: UpdateSpec, frequencies: Floats) -> Schedu
     return Schedule.of(strategy_of(config.strategy), full, config.rounds, rows)
 
 
-def payload(config: Config, schedule: Schedule, frequencies: Floats, terms: PrivacyTerms) -> Payload:
+def payload(config: Config, schedule: Schedule, frequencies: Floats, plan_parameters: PlanParameters) -> Payload:
     """Return the bytes of a round; what is downloaded is the mean over row sets (`server.payload` counts real ones).
 
     Arguments:
         config: The experiment.
         schedule: Of the run.
         frequencies: Public word frequencies (V,).
-        terms: Of the privacy plan: fleet, cohort, rounds.
+        plan_parameters: Of the privacy plan: fleet, cohort, rounds.
     """
-    between, full = terms.fleet_size / terms.cohort, schedule.full
+    between, full = plan_parameters.fleet_size / plan_parameters.cohort, schedule.full
     row_ids = schedule.rounds[0].moves.row_ids
 
     def down(num_rounds: float, fixed_bytes: int) -> int:
@@ -106,34 +106,41 @@ def payload(config: Config, schedule: Schedule, frequencies: Floats, terms: Priv
         rows = 4 * (full.row_size + 1) * changed if full.row_blocks else 0.0
         return round(fixed_bytes + rows + 4 * len(row_ids if row_ids is not None else ()))
 
-    again = min(between, terms.rounds - 1)
+    again = min(between, plan_parameters.rounds - 1)
     by_kind = {kind: round(num_bytes) for kind, num_bytes in schedule.mean_bytes_by_kind().items()}
     return Payload(
         up=sum(by_kind.values()),
         up_by_kind=by_kind,
-        down_first=down(terms.rounds - 1, 4 * full.fixed_size),
+        down_first=down(plan_parameters.rounds - 1, 4 * full.fixed_size),
         down_again=down(again, schedule.changed_bytes(again)),
         rounds_between=between,
     )
 
 
-def noise_to_signal(spec: UpdateSpec, terms: PrivacyTerms) -> dict[str, float]:
+def noise_to_signal(spec: UpdateSpec, plan_parameters: PlanParameters) -> dict[str, float]:
     """Return the noise's expected L2 norm over the largest signal, C, overall and by kind of block.
 
     The mean of n clipped updates is at most C long; P coordinates of its noise are sqrt(P) as long as one.
     """
-    scale = terms.query_std(1.0, 1.0)
+    scale = plan_parameters.query_std(1.0, 1.0)
     kinds = {kind: scale * math.sqrt(num_bytes / 4) for kind, num_bytes in spec.bytes_by_kind().items()}
     return {"all": scale * math.sqrt(spec.size)} | kinds
 
 
-def round_time(cost: CostModel, device: Device, moved: Payload, num_tokens: int, terms: PrivacyTerms) -> RoundTime:
+def round_time(
+    cost: CostModel, device: Device, moved: Payload, num_tokens: int, plan_parameters: PlanParameters
+) -> RoundTime:
     """Return the time of a round on a device with `num_tokens` tokens, and what the run asks of the fleet."""
     compute_s = float(cost.gigaflops(np.array([num_tokens]))[0]) / device.gflops
     transfer_s = 8 * (moved.up + moved.down_again) / (1e6 * device.bandwidth_mbit)
-    total_s, device_rounds = compute_s + transfer_s, float(terms.rounds * terms.cohort)
+    total_s, device_rounds = compute_s + transfer_s, float(plan_parameters.rounds * plan_parameters.cohort)
     return RoundTime(
-        compute_s, transfer_s, total_s, terms.rounds, device_rounds, device_hours=total_s * device_rounds / 3600
+        compute_s,
+        transfer_s,
+        total_s,
+        plan_parameters.rounds,
+        device_rounds,
+        device_hours=total_s * device_rounds / 3600,
     )
 
 

@@ -20,9 +20,9 @@ from fedlm.planning.forecast import (
     schedule_of,
     structure,
 )
-from fedlm.planning.settings import MOST_NOISE, Setting, settings
+from fedlm.planning.settings import MOST_NOISE, PlannedSetting, settings
 from fedlm.privacy.guarantee import Guarantee
-from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.privacy.plan_parameters import PlanParameters
 from fedlm.trainable.build import build_trainable
 
 _OF_PLAIN_SGD = (
@@ -63,12 +63,12 @@ class Forecast:
     device: Device
     max_noise_to_signal: float
     notes: tuple[str, ...]
-    settings: tuple[Setting, ...]
+    settings: tuple[PlannedSetting, ...]
 
 
 def forecast(
     experiment: Experiment,
-    terms: PrivacyTerms,
+    plan_parameters: PlanParameters,
     guarantee: Guarantee,
     device: Device,
     *,
@@ -78,7 +78,7 @@ def forecast(
 
     Arguments:
         experiment: Config, vocabulary and the lengths of users' texts.
-        terms: The privacy plan's.
+        plan_parameters: The privacy plan's.
         guarantee: Of the whole run.
         device: What must suffice.
         most_noise: The largest noise-to-signal of a round that still fits.
@@ -88,19 +88,19 @@ def forecast(
     model = structure(experiment)
     schedule = schedule_of(config, build_trainable(model, config).spec, frequencies)
     cost, spec = CostModel(config, schedule.most_trained, model, frequencies=frequencies), schedule.most_sent
-    moved, new_model = payload(config, schedule, frequencies, terms), partial(structure, experiment)
-    grid = settings(config, new_model, frequencies, num_tokens, terms, device, most_noise=most_noise)
+    moved, new_model = payload(config, schedule, frequencies, plan_parameters), partial(structure, experiment)
+    grid = settings(config, new_model, frequencies, num_tokens, plan_parameters, device, most_noise=most_noise)
     return Forecast(
         coordinates=spec.size,
         payload=moved,
         memory_mb=memory_parts(cost, config, num_tokens),
         users_within_ram=float((cost.peak_mb(num_tokens) <= device.ram_mb).mean()),
-        noise_to_signal=noise_to_signal(spec, terms),
-        noise_multiplier=terms.noise_multiplier,
-        clip_norm=terms.clip_norm,
-        expected_cohort=terms.expected_cohort,
+        noise_to_signal=noise_to_signal(spec, plan_parameters),
+        noise_multiplier=plan_parameters.noise_multiplier,
+        clip_norm=plan_parameters.clip_norm,
+        expected_cohort=plan_parameters.expected_cohort,
         guarantee=guarantee,
-        time=round_time(cost, device, moved, int(np.median(num_tokens)), terms),
+        time=round_time(cost, device, moved, int(np.median(num_tokens)), plan_parameters),
         device=device,
         max_noise_to_signal=most_noise,
         notes=(_OF_PLAIN_SGD,) if config.local.example_dp.enabled else (),

@@ -22,7 +22,7 @@ from fedlm.planning.forecast import (
     round_time,
     schedule_of,
 )
-from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.privacy.plan_parameters import PlanParameters
 from fedlm.trainable.build import build_trainable
 from fedlm.trainable.spec import UpdateSpec
 
@@ -32,7 +32,7 @@ MOST_NOISE = 1.0  # noise-to-signal of a round: beyond, the noise is longer than
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlannedSetting:
     """One choice and what it costs.
 
     Arguments:
@@ -64,11 +64,11 @@ def settings(
     new_model: Callable[[], LanguageModel],
     frequencies: Floats,
     num_tokens: Counts,
-    terms: PrivacyTerms,
+    plan_parameters: PlanParameters,
     device: Device,
     *,
     most_noise: float = MOST_NOISE,
-) -> list[Setting]:
+) -> list[PlannedSetting]:
     """Return every setting, those that fit first, within them the least noise-to-signal first.
 
     Arguments:
@@ -76,7 +76,7 @@ def settings(
         new_model: Makes a model without adapters; its values do not matter.
         frequencies: Public word frequencies (V,).
         num_tokens: Of the fleet's users (U,).
-        terms: The privacy plan's: noise multiplier and cohort do not depend on these settings.
+        plan_parameters: The privacy plan's: noise multiplier and cohort do not depend on these settings.
         device: What must suffice.
         most_noise: The largest noise-to-signal of a round that still fits.
     """
@@ -90,17 +90,23 @@ def settings(
         model, full = models[kind]
         schedule = schedule_of(choice, full, frequencies)
         cost = CostModel(choice, schedule.most_trained, model, frequencies=frequencies)
-        moved = payload(choice, schedule, frequencies, terms)
-        setting = _priced(choice, cost, schedule.most_sent, moved, largest, terms, device)
+        moved = payload(choice, schedule, frequencies, plan_parameters)
+        setting = _priced(choice, cost, schedule.most_sent, moved, largest, plan_parameters, device)
         found.append(_judged(replace(setting, asked=choice == config), device, most_noise))
     return sorted(found, key=lambda s: (not s.fits, s.noise_to_signal, s.round_s, s.peak_mb))
 
 
 def _priced(
-    config: Config, cost: CostModel, spec: UpdateSpec, moved: Payload, largest: int, terms: PrivacyTerms, device: Device
-) -> Setting:
+    config: Config,
+    cost: CostModel,
+    spec: UpdateSpec,
+    moved: Payload,
+    largest: int,
+    plan_parameters: PlanParameters,
+    device: Device,
+) -> PlannedSetting:
     """Return a choice with its price; whether it is the asked one, and fits, is for others to say."""
-    return Setting(
+    return PlannedSetting(
         rank=config.trainable.lora.rank,
         rows=config.trainable.embedding_rows.count,
         loss=config.loss.kind,
@@ -109,14 +115,14 @@ def _priced(
         bytes_up=moved.up,
         bytes_down=moved.down_again,
         peak_mb=float(sum(part[0] for part in cost.parts_mb(np.array([largest])).values())),
-        round_s=round_time(cost, device, moved, largest, terms).round_s,
-        noise_to_signal=noise_to_signal(spec, terms)["all"],
+        round_s=round_time(cost, device, moved, largest, plan_parameters).round_s,
+        noise_to_signal=noise_to_signal(spec, plan_parameters)["all"],
         fits=True,
         misses=(),
     )
 
 
-def _judged(setting: Setting, device: Device, most_noise: float) -> Setting:
+def _judged(setting: PlannedSetting, device: Device, most_noise: float) -> PlannedSetting:
     kept = {
         "memory": setting.peak_mb <= device.ram_mb,
         "deadline": setting.round_s <= device.deadline_s,

@@ -1,7 +1,7 @@
-"""User-level differential privacy: one plan makes sampler, clipper, mechanism and accounting together."""
+"""User-level differential privacy: one plan makes sampler, clip spec, mechanism and accounting together."""
 
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import ClippedSum, ClipRecord
 from fedlm.privacy.plan import PrivacyPlan
 
-__all__ = ["ClipRecord", "ClippedSum", "Clipper", "PrivacyPlan"]
+__all__ = ["ClipRecord", "ClipSpec", "ClippedSum", "PrivacyPlan"]

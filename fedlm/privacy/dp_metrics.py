@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from fedlm.config.built_in_options import NumTokensOptions, TrainLossOptions
-from fedlm.privacy.clipping.query_input import Observation
+from fedlm.privacy.clipping.query_input import QueryInput
 from fedlm.registry import NoOptions
 
 
@@ -42,7 +42,7 @@ class DPMetric(ABC):
         """The largest value; a larger one counts as this."""
 
     @abstractmethod
-    def value(self, seen: Observation) -> float:
+    def value(self, seen: QueryInput) -> float:
         """Return one device's number; below zero counts as zero, not a number as the bound."""
 
 
@@ -57,9 +57,9 @@ class TrainLoss(DPMetric):
         """As the options have it."""
         return float(self.options.bound)
 
-    def value(self, seen: Observation) -> float:
+    def value(self, seen: QueryInput) -> float:
         """Return the loss."""
-        return seen.facts.loss
+        return seen.device_stats.loss
 
 
 class NumTokens(DPMetric):
@@ -73,9 +73,9 @@ class NumTokens(DPMetric):
         """As the options have it."""
         return float(self.options.bound)
 
-    def value(self, seen: Observation) -> float:
+    def value(self, seen: QueryInput) -> float:
         """Return their number."""
-        return float(seen.facts.num_tokens)
+        return float(seen.device_stats.num_tokens)
 
 
 class ClipFraction(DPMetric):
@@ -89,6 +89,6 @@ class ClipFraction(DPMetric):
         """One."""
         return 1.0
 
-    def value(self, seen: Observation) -> float:
+    def value(self, seen: QueryInput) -> float:
         """Return one for a clipped update, else zero."""
         return float(seen.norm > seen.clip_norm)

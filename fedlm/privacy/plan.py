@@ -1,11 +1,11 @@
-"""The privacy plan: sampler, clipper, mechanism and accounting of one experiment, made together or not at
+"""The privacy plan: sampler, clip spec, mechanism and accounting of one experiment, made together or not at
 all.
 
 One release is `sum of clipped updates / n + noise of standard deviation z C / n`, n the *expected* cohort
 (DP-FedAvg, McMahan et al. 2018, https://arxiv.org/abs/1710.06963); the mechanism says how the noise of the
 rounds is correlated, who may be in a cohort, and what T releases cost (`fedlm.privacy.mechanisms`).
 Everything that the guarantee rests on is fixed in one frozen object before the first round, from public
-numbers alone. What changes from round to round (clip norm, scales, row set) is a `PrivacyState`, a function
+numbers alone. What changes from round to round (clip norm, scales, row set) is an `AdaptiveState`, a function
 of releases.
 
 A run stores `to_json()` once and resumes with `from_json`, which takes the noise multiplier as stored:
@@ -28,15 +28,15 @@ from fedlm.codec import from_text
 from fedlm.config.schema import PrivacyConfig, RowsConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy.accounting import subsampled_gaussian
-from fedlm.privacy.adaptive.rule import Adaptation, PrivacyState
+from fedlm.privacy.adaptive.rule import AdaptiveRule, AdaptiveState
 from fedlm.privacy.calibration import mechanism_of, noise_multiplier_of
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import ClippedSum, new_sum
 from fedlm.privacy.guarantee import Guarantee, check_budget
 from fedlm.privacy.noise.fixed_point import FRACTION_BITS, FloatVector, IntVector
 from fedlm.privacy.noise.lattice import MAX_STD
 from fedlm.privacy.noise.skellam_encoding import Skellam
-from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.privacy.plan_parameters import PlanParameters
 from fedlm.privacy.release import Floats, Release
 from fedlm.privacy.released_once import ReleasedOnce
 from fedlm.privacy.run_noise import KeyStore, RunNoise
@@ -57,8 +57,8 @@ _NO_DEVICES = "the corpus needs at least one training user"
 
 
 @dataclass(frozen=True)
-class PrivacyPlan(PrivacyTerms):
-    """The only way to sample, clip, sum and release; fields as in `PrivacyTerms`.
+class PrivacyPlan(PlanParameters):
+    """The only way to sample, clip, sum and release; fields as in `PlanParameters`.
 
     Guarantee:
         The vectors returned by `release`, all T together, are (epsilon(T), delta)-differentially private
@@ -87,7 +87,7 @@ class PrivacyPlan(PrivacyTerms):
         require_count("seed", self.seed, fix="set seed")
         require_count("rounds", self.rounds, low=1)
         require_count("fleet_size", self.fleet_size, low=1, fix=_NO_DEVICES)
-        most = min(self.fleet_size, _largest_cohort(Clipper(self.clip_norm).capacity))
+        most = min(self.fleet_size, _largest_cohort(ClipSpec(self.clip_norm).capacity))
         require_count("fleet.cohort", self.cohort, low=1, high=most, fix="lower fleet.cohort or add devices")
         _require_population(self.population, self.expected_cohort)
         require_number("privacy.delta", self.delta, low=subsampled_gaussian.MIN_DELTA, high=0.1)
@@ -105,7 +105,7 @@ class PrivacyPlan(PrivacyTerms):
             largest = MAX_STD / _LARGEST_GAIN if self.mechanism.keeps_noise else MAX_STD
             most_z = largest / 2.0**FRACTION_BITS * self.expected_cohort / self.cohort
             require_number("noise multiplier", self.noise_multiplier, above=0, high=most_z, fix="raise epsilon")
-        if self.enabled and self.mechanism.keeps_noise and self.adaptation.changes_coordinates:
+        if self.enabled and self.mechanism.keeps_noise and self.adaptive_rule.changes_coordinates:
             raise ConfigError(
                 f"privacy.mechanism = {self.mechanism.name!r} subtracts later what it added before, so clip norm, "
                 "scales and rows must stay; set privacy.clip_quantile = 0 and privacy.allocation to isotropic or public"
@@ -146,7 +146,7 @@ class PrivacyPlan(PrivacyTerms):
             rows: The section [trainable.embedding_rows], when rows train.
             vocabulary_size: V; for row selection.
             moments, importance: Public m_g and w_g by kind of block; for the public and per-group allocation.
-            size: The most coordinates of any round, answers to riders included; for Skellam noise.
+            size: The most coordinates of any round, answers to side queries included; for Skellam noise.
 
         Raises:
             ConfigError: A number out of range, or neither epsilon nor noise multiplier.
@@ -159,7 +159,7 @@ class PrivacyPlan(PrivacyTerms):
         _require_population(population, expected)
         mechanism = mechanism_of(config, rounds, population, expected, fleet_size // cohort, size)
         noise = noise_multiplier_of(config, mechanism) if config.enabled else 0.0
-        adaptation = Adaptation.create(
+        adaptive_rule = AdaptiveRule.create(
             config,
             noise_multiplier=noise,
             expected_cohort=expected,
@@ -181,7 +181,7 @@ class PrivacyPlan(PrivacyTerms):
             reproducible_noise=config.reproducible_noise,
             reproducible_cohorts=config.reproducible_cohorts,
             mechanism=mechanism,
-            adaptation=adaptation,
+            adaptive_rule=adaptive_rule,
             seed=seed,
             cohort_key=CohortKey.reproducible(seed) if config.reproducible_cohorts else cohort_key or CohortKey.fresh(),
             _token=_TOKEN,
@@ -202,16 +202,16 @@ class PrivacyPlan(PrivacyTerms):
             ConfigError: A number out of range.
             BudgetExceededError: Its noise does not keep its own budget.
         """
-        terms = from_text(PrivacyTerms, text, where="stored privacy plan")
-        stored = {item.name: getattr(terms, item.name) for item in fields(terms)}
-        key = CohortKey.reproducible(seed) if terms.reproducible_cohorts else cohort_key
+        plan_parameters = from_text(PlanParameters, text, where="stored privacy plan")
+        stored = {item.name: getattr(plan_parameters, item.name) for item in fields(plan_parameters)}
+        key = CohortKey.reproducible(seed) if plan_parameters.reproducible_cohorts else cohort_key
         return cls(**stored, seed=seed, cohort_key=key, _token=_TOKEN)._within_budget()
 
-    def first_state(self, spec: UpdateSpec) -> PrivacyState:
+    def first_state(self, spec: UpdateSpec) -> AdaptiveState:
         """Return what is known before round 1; `spec` is any round's."""
-        return self.adaptation.first_state(spec) if self.enabled else PrivacyState(self.clip_norm)
+        return self.adaptive_rule.first_state(spec) if self.enabled else AdaptiveState(self.clip_norm)
 
-    def clipper(self, state: PrivacyState, spec: UpdateSpec, round_number: int) -> Clipper:
+    def clip_spec(self, state: AdaptiveState, spec: UpdateSpec, round_number: int) -> ClipSpec:
         """Return what a round's nodes need to clip and to sum: no seed, no noise.
 
         Arguments:
@@ -220,8 +220,8 @@ class PrivacyPlan(PrivacyTerms):
             round_number: t.
         """
         if not self.enabled:
-            return Clipper(self.clip_norm)
-        return self._encoding(self.adaptation.clipper(state, spec, round_number), spec.size, round_number)
+            return ClipSpec(self.clip_norm)
+        return self._encoding(self.adaptive_rule.clip_spec(state, spec, round_number), spec.size, round_number)
 
     def encoder(self, size: int) -> Skellam | None:
         """Return how a round's devices encode `size` coordinates, answers included; None where the server adds noise.
@@ -233,7 +233,7 @@ class PrivacyPlan(PrivacyTerms):
             return None
         return self.mechanism.encoder(self.noise_multiplier, delta=self.delta, size=size)
 
-    def next_state(self, state: PrivacyState, release: Release, *, clip: Clipper, values: Vector) -> PrivacyState:
+    def next_state(self, state: AdaptiveState, release: Release, *, clip: ClipSpec, values: Vector) -> AdaptiveState:
         """Return the state after a round, from its release and public values alone.
 
         Arguments:
@@ -242,12 +242,12 @@ class PrivacyPlan(PrivacyTerms):
             clip: What the round's devices clipped with.
             values: (P,) the model's values in the round, in the coordinates of the release.
         """
-        return self.adaptation.next(state, release, clipper=clip, values=values) if self.enabled else state
+        return self.adaptive_rule.next(state, release, clip_spec=clip, values=values) if self.enabled else state
 
-    def selected_rows(self, state: PrivacyState) -> npt.NDArray[np.int64]:
-        """Return the sorted ids of the embedding rows that DP row selection chose; see `Adaptation.selected_rows`."""
-        std = self.query_std(1.0, self.adaptation.selection_share)
-        return self.adaptation.selected_rows(state, answer_std=std)
+    def selected_rows(self, state: AdaptiveState) -> npt.NDArray[np.int64]:
+        """Return the sorted ids of the embedding rows that DP row selection chose; see `AdaptiveRule.selected_rows`."""
+        std = self.query_std(1.0, self.adaptive_rule.selection_share)
+        return self.adaptive_rule.selected_rows(state, answer_std=std)
 
     def sample_cohort(self, round_number: int) -> DeviceIds:
         """Return the sorted ids of the devices in a round's cohort (`fedlm.privacy.sampling.cohorts`).
@@ -275,8 +275,8 @@ class PrivacyPlan(PrivacyTerms):
         return ParticipationLedger(self.fleet_rule)
 
     def new_sum(self, size: int) -> ClippedSum:
-        """Return an empty sum of `size` coordinates for a round without riders or scales."""
-        return new_sum(self._encoding(Clipper(self.clip_norm), size, round_number=0), size)
+        """Return an empty sum of `size` coordinates for a round without side queries or scales."""
+        return new_sum(self._encoding(ClipSpec(self.clip_norm), size, round_number=0), size)
 
     def keep_keys(self, store: KeyStore) -> None:
         """Keep the keys of correlated noise in a store, and continue after the rounds whose keys it holds."""
@@ -293,7 +293,7 @@ class PrivacyPlan(PrivacyTerms):
 
         Returns:
             mean: (P,) fp32: total / cohort + N(0, (z C / expected_cohort)^2), correlated over the rounds as the
-            mechanism says; without noise when not enabled. With the answers to the round's riders.
+            mechanism says; without noise when not enabled. With the answers to the round's side queries.
 
         Raises:
             DataError: Not a sum of this plan, or of more devices than the round's cohort has.
@@ -305,28 +305,28 @@ class PrivacyPlan(PrivacyTerms):
             raise DataError(f"cannot release a sum of {total.size:,} coordinates for a round of {spec.size:,}")
         total._live()
         self._released.claim(round_number, most=self.rounds if self.enabled else math.inf)
-        clipper, num_devices = total.clipper, total.num_devices
+        clip_spec, num_devices = total.clip_spec, total.num_devices
         vector = total._take()  # (P + Q,) int64, or (padded,) encoded
-        if clipper.encoder:
-            vector = self._noise.decode(vector, clipper.encoder, round_number=round_number, num_devices=num_devices)
+        if clip_spec.encoder:
+            vector = self._noise.decode(vector, clip_spec.encoder, round_number=round_number, num_devices=num_devices)
         elif self.enabled:
             std = self.noise_multiplier * 2.0**FRACTION_BITS * (self.cohort / self.expected_cohort)
             reports = num_devices * self.expected_cohort / self.cohort
-            self._noise.add_to(vector, std, round_number=round_number, clipper=clipper, num_reports=reports)
-        return self._means(vector, spec, clipper)
+            self._noise.add_to(vector, std, round_number=round_number, clip_spec=clip_spec, num_reports=reports)
+        return self._means(vector, spec, clip_spec)
 
     def _check_sum(self, total: ClippedSum, round_number: int) -> None:
         is_ours = type(total) is ClippedSum and (total.clip_norm < math.inf) == self.enabled
-        if not is_ours or not (self.adaptation.clip_quantile or total.clip_norm == self.clip_norm):
+        if not is_ours or not (self.adaptive_rule.clip_quantile or total.clip_norm == self.clip_norm):
             found = getattr(total, "clip_norm", type(total).__name__)
             raise DataError(f"cannot release {found}; give a sum made by this plan (clip norm {self.clip_norm})")
-        found, wanted = total.clipper.encoder, self.encoder(total.size + total.clipper.num_answers)
+        found, wanted = total.clip_spec.encoder, self.encoder(total.size + total.clip_spec.num_answers)
         if found and wanted and self.reproducible_noise:
             wanted = replace(wanted, debug_key=found.debug_key)
         if found != wanted:
             raise DataError(
                 f"cannot release a sum whose devices added other noise than that of the mechanism "
-                f"{self.mechanism.name!r}; make it with this plan's clipper"
+                f"{self.mechanism.name!r}; make it with this plan's clip spec"
             )
         known = self._cohort_sizes
         sampled = known[round_number] if round_number in known else len(self.sample_cohort(round_number))
@@ -336,26 +336,26 @@ class PrivacyPlan(PrivacyTerms):
                 "a device was added twice or uninvited"
             )
 
-    def _encoding(self, clipper: Clipper, size: int, round_number: int) -> Clipper:
-        """Return the clipper of an update of `size` coordinates, with an encoder where devices add the noise."""
-        encoder = self.encoder(size + clipper.num_answers)
+    def _encoding(self, clip_spec: ClipSpec, size: int, round_number: int) -> ClipSpec:
+        """Return the clip spec of an update of `size` coordinates, with an encoder where devices add the noise."""
+        encoder = self.encoder(size + clip_spec.num_answers)
         if encoder is None:
-            return clipper
-        return replace(clipper, encoder=replace(encoder, debug_key=self._noise.device_key(round_number)))
+            return clip_spec
+        return replace(clip_spec, encoder=replace(encoder, debug_key=self._noise.device_key(round_number)))
 
-    def _means(self, vector: IntVector, spec: UpdateSpec, clipper: Clipper) -> Release:
+    def _means(self, vector: IntVector, spec: UpdateSpec, clip_spec: ClipSpec) -> Release:
         """Return update and answers from the noised integers, each in its own units."""
         size = spec.size
-        mean = _scaled(vector[:size], clipper.unit / self.cohort / clipper.update_share)
-        if clipper.geometry:
-            clipper.geometry.restore(mean)
+        mean = _scaled(vector[:size], clip_spec.unit / self.cohort / clip_spec.update_share)
+        if clip_spec.block_scaling:
+            clip_spec.block_scaling.restore(mean)
         answers: dict[str, Floats] = {}
         place = size
-        for rider in clipper.riders:
-            scale = clipper.unit / (rider.share * clipper.clip_norm / rider.bound) / self.cohort
-            answers[rider.name] = vector[place : place + rider.size].astype(np.float64) * scale
-            place += rider.size
-        return Release(spec, mean, answers, self.noise_std(clipper))
+        for side_query in clip_spec.side_queries:
+            scale = clip_spec.unit / (side_query.share * clip_spec.clip_norm / side_query.bound) / self.cohort
+            answers[side_query.name] = vector[place : place + side_query.size].astype(np.float64) * scale
+            place += side_query.size
+        return Release(spec, mean, answers, self.noise_std(clip_spec))
 
     def check_release(self, num_releases_so_far: int) -> None:
         """Raise `BudgetExceededError` if one more release would go beyond the T that are paid for."""
@@ -376,7 +376,7 @@ class PrivacyPlan(PrivacyTerms):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse pickling and copying: a copy would release rounds again, and the plan holds the key of the cohorts."""
         raise TypeError(
-            "PrivacyPlan is neither pickled nor copied; send the round's clipper to nodes, store plan.to_json()"
+            "PrivacyPlan is neither pickled nor copied; send the round's clip_spec to nodes, store plan.to_json()"
         )
 
     def _within_budget(self) -> PrivacyPlan:

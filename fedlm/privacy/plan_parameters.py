@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import Any, cast
 
 from fedlm.codec import coded, to_text
-from fedlm.privacy.adaptive.rule import Adaptation
-from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.side_queries import Rider
+from fedlm.privacy.adaptive.rule import AdaptiveRule
+from fedlm.privacy.clipping.clip_spec import ClipSpec
+from fedlm.privacy.clipping.side_queries import SideQuery
 from fedlm.privacy.mechanisms.base import Mechanism, Participation
 
 
 @coded
 @dataclass(frozen=True)
-class PrivacyTerms:
+class PlanParameters:
     """The public numbers of a plan, as they are stored.
 
     Arguments:
@@ -30,7 +30,7 @@ class PrivacyTerms:
         reproducible_noise: The noise follows from the seed.
         reproducible_cohorts: The cohorts follow from the seed.
         mechanism: Correlation and accounting, of the accounted fleet.
-        adaptation: Clip norm, allocation, further queries.
+        adaptive_rule: Clip norm, allocation, further queries.
     """
 
     enabled: bool
@@ -45,24 +45,24 @@ class PrivacyTerms:
     reproducible_noise: bool
     reproducible_cohorts: bool
     mechanism: Mechanism
-    adaptation: Adaptation
+    adaptive_rule: AdaptiveRule
 
     def to_json(self) -> str:
         """Return these numbers as text, to be stored with a run; no infinities and no secret in it."""
-        return to_text(self, PrivacyTerms, indent=1)
+        return to_text(self, PlanParameters, indent=1)
 
-    def noise_std(self, clipper: Clipper, num_reports: float | None = None) -> float:
+    def noise_std(self, clip_spec: ClipSpec, num_reports: float | None = None) -> float:
         """Return the standard deviation of a coordinate of the mean in a group of scale 1; 0 when not enabled.
 
         Arguments:
-            clipper: Of the round.
+            clip_spec: Of the round.
             num_reports: Devices that reported, of the accounted cohort; None: as many as are expected.
         """
-        return self.query_std(clipper.clip_norm, clipper.update_share, num_reports)
+        return self.query_std(clip_spec.clip_norm, clip_spec.update_share, num_reports)
 
-    def answer_std(self, rider: Rider, num_reports: float | None = None) -> float:
-        """Return the standard deviation of a coordinate of a rider's released answer, in its own units."""
-        return self.query_std(rider.bound, rider.share, num_reports)
+    def answer_std(self, side_query: SideQuery, num_reports: float | None = None) -> float:
+        """Return the standard deviation of a coordinate of a side query's released answer, in its own units."""
+        return self.query_std(side_query.bound, side_query.share, num_reports)
 
     def query_std(self, bound: float, share: float, num_reports: float | None = None) -> float:
         """Return the noise of a mean over the expected cohort, of queries with this bound and share of the clip norm.
@@ -78,7 +78,7 @@ class PrivacyTerms:
     @property
     def clip_norm(self) -> float:
         """C of the first round; infinity when not enabled."""
-        return self.adaptation.clip_norm if self.enabled else math.inf
+        return self.adaptive_rule.clip_norm if self.enabled else math.inf
 
     @property
     def sampling_probability(self) -> float:
@@ -175,7 +175,7 @@ class PrivacyTerms:
     @property
     def epsilon_as_published(self) -> float | None:
         """What the form of noise allocation as published would have claimed; None for every sound form."""
-        if not self.enabled or self.adaptation.allocation != "published":
+        if not self.enabled or self.adaptive_rule.allocation != "published":
             return None
-        nominal = self.noise_multiplier / self.adaptation.noise_floor
+        nominal = self.noise_multiplier / self.adaptive_rule.noise_floor
         return self.mechanism.epsilon(noise_multiplier=nominal, num_releases=self.rounds, delta=self.delta)

@@ -15,7 +15,7 @@ import numpy as np
 from randomgen import AESCounter
 
 from fedlm.errors import DataError
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.mechanisms.base import Mechanism, RoundNoise
 from fedlm.privacy.noise.fixed_point import FRACTION_BITS, IntVector
 from fedlm.privacy.noise.lattice import NoiseStream, fresh_key, reproducible_key
@@ -65,14 +65,16 @@ class RunNoise:
         """Keep keys there, and go on after the rounds whose keys it has."""
         self._store, self._noise, self._done = store, None, 0
 
-    def add_to(self, vector: IntVector, std: float, *, round_number: int, clipper: Clipper, num_reports: float) -> None:
+    def add_to(
+        self, vector: IntVector, std: float, *, round_number: int, clip_spec: ClipSpec, num_reports: float
+    ) -> None:
         """Add the noise of a round in place.
 
         Arguments:
             vector: (P + Q,) the sum of update and answers.
             std: Of a coordinate, in units of the vector.
             round_number: Correlated noise takes rounds 1, 2, 3, ... without a gap.
-            clipper: Of the sum.
+            clip_spec: Of the sum.
             num_reports: Devices in the sum, in terms of the accounted fleet; local noise is that of so many.
 
         Raises:
@@ -85,12 +87,12 @@ class RunNoise:
         if not std:  # local noise of nobody
             return None
         noise = self._mechanism.new_noise(vector.size)
-        if clipper.geometry is None:
+        if clip_spec.block_scaling is None:
             return noise.add_to(vector, std, stream)
-        for start, stop, factor in clipper.geometry.noise_spans():
+        for start, stop, factor in clip_spec.block_scaling.noise_spans():
             noise.add_to(vector[start:stop], std * factor, stream)
-        if clipper.num_answers:
-            noise.add_to(vector[-clipper.num_answers :], std, stream)
+        if clip_spec.num_answers:
+            noise.add_to(vector[-clip_spec.num_answers :], std, stream)
         return None
 
     def decode(self, vector: IntVector, encoder: Skellam, *, round_number: int, num_devices: int) -> IntVector:

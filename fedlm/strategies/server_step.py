@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlm.errors import ConfigError
-from fedlm.privacy.adaptive.rule import PrivacyState
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.adaptive.rule import AdaptiveState
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
 from fedlm.strategies.contract import Strategy, StrategyState
@@ -29,11 +29,11 @@ class ServerState:
     """
 
     model: StrategyState
-    privacy: PrivacyState
+    privacy: AdaptiveState
 
 
 def step(
-    strategy: Strategy, plan: PrivacyPlan, state: ServerState, release: Release, *, clip: Clipper, changes: UpdateSpec
+    strategy: Strategy, plan: PrivacyPlan, state: ServerState, release: Release, *, clip: ClipSpec, changes: UpdateSpec
 ) -> tuple[ServerState, dict[str, float]]:
     """Return the state after a round, and the strategy's diagnostics.
 

@@ -4,11 +4,11 @@ from fedlm.testkit.checks import CHECKS, check_strategy, check_subject, strategy
 from fedlm.testkit.failure import PrivacyTestFailure
 from fedlm.testkit.neighbouring_fleet import check_neighbouring_fleets
 from fedlm.testkit.strategy_subject import StrategyRun, StrategySubject
-from fedlm.testkit.subject import Claim, Make, Outcome, Setting, Subject
+from fedlm.testkit.subject import ClaimedGuarantee, Make, Outcome, Setting, Subject
 
 __all__ = [
     "CHECKS",
-    "Claim",
+    "ClaimedGuarantee",
     "Make",
     "Outcome",
     "PrivacyTestFailure",

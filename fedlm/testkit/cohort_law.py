@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fedlm.testkit import statistics
 from fedlm.testkit.failure import PrivacyTestFailure
-from fedlm.testkit.subject import Claim, Floats, Make, Setting, Subject
+from fedlm.testkit.subject import ClaimedGuarantee, Floats, Make, Setting, Subject
 
 SETTING = Setting(
     size=8, fleet_size=50, cohort=10, clip_norm=0.5, noise_multiplier=1.0, rounds=400, seed=18, reproducible=False
@@ -64,7 +64,7 @@ def _present(subject: Subject, round_number: int) -> Floats:
     return row
 
 
-def _turns(present: Floats, claim: Claim) -> None:
+def _turns(present: Floats, claim: ClaimedGuarantee) -> None:
     """Check separation, number of participations and size of cohorts: what a ledger enforces, without statistics."""
     for device, rounds in enumerate(np.flatnonzero(row) + 1 for row in present.T):
         gap = int(np.diff(rounds).min(initial=len(present)))

@@ -41,7 +41,7 @@ def noise_law(make: Make) -> None:
     Guarantee:
         False alarms: below 2e-7 (fewer than 1,200 tests at 1e-10; the lattice's alarm lies far beyond them).
         Found in 20 of 20 trials each: a std wrong by 2 % in all coordinates, by 7 % in one eighth of them, by half in
-        an answer of a rider; Laplace and uniform noise, truncation at 3 standard deviations, fp16, bf16, fp32
+        an answer of a side query; Laplace and uniform noise, truncation at 3 standard deviations, fp16, bf16, fp32
         in a release of fp64, a lattice of 2^-16; correlations of 0.25 within a round; redrawing one vector in five.
     """
     for crowd in SMALL_CROWDS:
@@ -145,5 +145,5 @@ def _norms(make: Make) -> None:
         for i in range(max(map(len, rows))):
             draws = np.array([row[i] for row in rows if len(row) > i])
             std = float(np.sqrt(np.mean(draws**2)))
-            whose = f"coordinate {i}" if i < NARROW.size else f"answer {i - NARROW.size} of the riders"
+            whose = f"coordinate {i}" if i < NARROW.size else f"answer {i - NARROW.size} of the side queries"
             _alarm(statistics.variance(draws), f"{whose} has {std:.3g} times its claimed std", crowd)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlm.testkit.failure import PrivacyTestFailure
-from fedlm.testkit.subject import Claim, Make, Outcome, Setting
+from fedlm.testkit.subject import ClaimedGuarantee, Make, Outcome, Setting
 from fedlm.testkit.worlds import (
     CROWDS,
     SLACK,
@@ -82,7 +82,7 @@ class _World:
     make: Make
     crowd: str
     cohorts: tuple[RowIds, ...]
-    claim: Claim
+    claim: ClaimedGuarantee
 
     def updates(self, device: int, round_number: int, story: str) -> dict[int, Vector]:
         """Return a round's updates; without a story the device stays away."""

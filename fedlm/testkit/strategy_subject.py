@@ -15,10 +15,10 @@ import numpy as np
 from fedlm.codec import split
 from fedlm.config.schema import PrivacyConfig, RowsConfig, StrategyConfig
 from fedlm.errors import ConfigError
-from fedlm.privacy.adaptive.rule import PrivacyState
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.adaptive.rule import AdaptiveState
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import ClippedSum, new_sum
-from fedlm.privacy.clipping.query_input import Facts
+from fedlm.privacy.clipping.query_input import DeviceStats
 from fedlm.privacy.clipping.side_queries import DPMetrics, WordMap
 from fedlm.privacy.plan import PrivacyPlan
 from fedlm.privacy.release import Release
@@ -28,8 +28,8 @@ from fedlm.registry import COHORT_SAMPLERS
 from fedlm.strategies import Strategy, StrategyState
 from fedlm.strategies.round_specs import RoundSpecs
 from fedlm.strategies.server_step import ServerState, step
-from fedlm.testkit.device_stats import facts_of
-from fedlm.testkit.subject import Claim, Floats, Outcome, Setting, Subject
+from fedlm.testkit.device_stats import device_stats_of
+from fedlm.testkit.subject import ClaimedGuarantee, Floats, Outcome, Setting, Subject
 from fedlm.testkit.whitened_noise import whitening
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 
@@ -81,14 +81,16 @@ class StrategyRun:
         full = _full_spec(setting.size)
         first = self._plan.first_state(full.with_rows(_public_rows(setting.size)))
         values = stream(seed_key(setting.seed), "values").standard_normal(full.size, np.float32)  # (P_full,)
-        self._state = ServerState(self._strategy.init(full, values), _seasoned(first, self._plan.adaptation.allocation))
+        self._state = ServerState(
+            self._strategy.init(full, values), _seasoned(first, self._plan.adaptive_rule.allocation)
+        )
 
     @cached_property
-    def claim(self) -> Claim:
+    def claim(self) -> ClaimedGuarantee:
         """What the plan states."""
         rule, mechanism = self._plan.fleet_rule, self._plan.mechanism
         sampler = COHORT_SAMPLERS.resolve(rule.sampler)
-        return Claim(
+        return ClaimedGuarantee(
             noise_multiplier=self._plan.noise_multiplier,
             cohort=self._plan.cohort,
             sampling_probability=rule.sampling_probability if sampler.flips_coins else None,
@@ -109,7 +111,7 @@ class StrategyRun:
         total = self._sum(clip, updates)
         return self._step(specs, clip, self._release(total, round_number, specs.sends), len(updates))
 
-    def _open(self, round_number: int) -> tuple[RoundSpecs, Clipper]:
+    def _open(self, round_number: int) -> tuple[RoundSpecs, ClipSpec]:
         """Return what takes part in a round and what clips.
 
         Raises:
@@ -121,12 +123,12 @@ class StrategyRun:
                 f"{type(self._strategy).__name__}.sends leaves out blocks in round {round_number}; the kit examines "
                 "strategies whose devices send all blocks: let it check `step` in a subclass that sends them"
             )
-        return specs, self._plan.clipper(self._state.privacy, specs.sends, round_number)
+        return specs, self._plan.clip_spec(self._state.privacy, specs.sends, round_number)
 
     def _row_ids(self, round_number: int) -> RowIds:
         """Return public rows, or those that DP row selection chose, filled up to the same number."""
         public = _public_rows(self._setting.size)
-        if self._rows_config is None or round_number <= self._plan.adaptation.selection_rounds:
+        if self._rows_config is None or round_number <= self._plan.adaptive_rule.selection_rounds:
             return public
         chosen = self._plan.selected_rows(self._state.privacy)
         rest = np.setdiff1d(public, chosen)
@@ -153,45 +155,47 @@ class StrategyRun:
     def _release(self, total: ClippedSum, round_number: int, spec: UpdateSpec) -> Release:
         return self._plan.release(total, round_number, spec)
 
-    def _sum(self, clipper: Clipper, updates: Mapping[int, Vector]) -> ClippedSum:
+    def _sum(self, clip_spec: ClipSpec, updates: Mapping[int, Vector]) -> ClippedSum:
         """Return the cohort's sum."""
-        total = new_sum(clipper, self._setting.size)
+        total = new_sum(clip_spec, self._setting.size)
         for update in updates.values():
             self._add(total, update)
         return total
 
     def _add(self, total: ClippedSum, update: Vector) -> None:
-        """Add one device's update and its answers to the riders."""
-        total.add(update, self._facts(total.clipper, update))
+        """Add one device's update and its answers to the side queries."""
+        total.add(update, self._device_stats(total.clip_spec, update))
 
-    def _facts(self, clipper: Clipper, update: Vector) -> Facts:
-        asked = any(isinstance(rider, DPMetrics | WordMap) for rider in clipper.riders)
-        return facts_of(update, len(_public_rows(self._setting.size)) * 2) if asked else Facts()
+    def _device_stats(self, clip_spec: ClipSpec, update: Vector) -> DeviceStats:
+        asked = any(isinstance(side_query, DPMetrics | WordMap) for side_query in clip_spec.side_queries)
+        return device_stats_of(update, len(_public_rows(self._setting.size)) * 2) if asked else DeviceStats()
 
-    def _step(self, specs: RoundSpecs, clip: Clipper, release: Release, num_reports: int) -> Outcome:
+    def _step(self, specs: RoundSpecs, clip: ClipSpec, release: Release, num_reports: int) -> Outcome:
         # A strategy may write into the mean.
-        flat = np.concatenate([release.mean, *(release.answers[rider.name] for rider in clip.riders)])
+        flat = np.concatenate([release.mean, *(release.answers[side_query.name] for side_query in clip.side_queries)])
         self._state, diagnostics = step(
             self._strategy, self._plan, self._state, release, clip=clip, changes=specs.changes
         )
         return Outcome(flat.astype(np.float64), self._std(clip, num_reports), self._public(diagnostics, specs))
 
-    def _std(self, clip: Clipper, num_reports: int) -> Floats:
-        """Return the stated noise (P + Q,) of the mean and of each rider's answer, in their own units."""
+    def _std(self, clip: ClipSpec, num_reports: int) -> Floats:
+        """Return the stated noise (P + Q,) of the mean and of each side query's answer, in their own units."""
         std = np.full(self._setting.size, self._plan.noise_std(clip, num_reports), np.float32)  # (P,)
-        if clip.geometry:
-            clip.geometry.restore(std)
-            for start, stop, factor in clip.geometry.noise_spans():
+        if clip.block_scaling:
+            clip.block_scaling.restore(std)
+            for start, stop, factor in clip.block_scaling.noise_spans():
                 std[start:stop] *= np.float32(factor)
-        answers = [np.full(rider.size, self._plan.answer_std(rider, num_reports)) for rider in clip.riders]
+        answers = [
+            np.full(side_query.size, self._plan.answer_std(side_query, num_reports)) for side_query in clip.side_queries
+        ]
         return np.concatenate([std.astype(np.float64), *answers])
 
-    def _split(self, release: Floats, clip: Clipper, spec: UpdateSpec) -> Release:
+    def _split(self, release: Floats, clip: ClipSpec, spec: UpdateSpec) -> Release:
         """Return what the plan released as the flat vector (P + Q,)."""
         place, answers = spec.size, {}
-        for rider in clip.riders:
-            answers[rider.name] = release[place : place + rider.size]
-            place += rider.size
+        for side_query in clip.side_queries:
+            answers[side_query.name] = release[place : place + side_query.size]
+            place += side_query.size
         return Release(spec, release[: spec.size].astype(np.float32), answers, self._plan.noise_std(clip))
 
     def _public(self, diagnostics: Mapping[str, float], specs: RoundSpecs) -> dict[str, Any]:
@@ -228,7 +232,7 @@ class StrategySubject:
         return self.run(self.strategy, self.strategy_config, self.privacy_config, self.rows_config, setting)
 
 
-def _seasoned(state: PrivacyState, kind: str) -> PrivacyState:
+def _seasoned(state: AdaptiveState, kind: str) -> AdaptiveState:
     """Return a state as after many releases: the first rounds of an adaptive allocation have equal noise everywhere."""
     if state.allocation is None or kind not in ("adaptive", "published"):
         return state

@@ -44,7 +44,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ClaimedGuarantee:
     """What a subject says that it does.
 
     Arguments:
@@ -76,7 +76,7 @@ class Outcome:
     """Everything that leaves a round.
 
     Arguments:
-        release: (P',) the noised vector. Its first P coordinates are the mean update, sum / n; riders may follow.
+        release: (P',) the noised vector. Its first P coordinates are the mean update, sum / n; side queries may follow.
         std: Claimed standard deviation of Z in each coordinate, in units of `release`: a number or (P',).
         state: All else that is published or kept for later rounds, by name: model, optimiser arrays, the next clip
             norm, row sets, diagnostics. It has to follow from releases alone.
@@ -91,7 +91,7 @@ class Subject(Protocol):
     """One run under examination. Rounds come in the order 1, 2, 3, ..., each by `round` or by `replay`."""
 
     @property
-    def claim(self) -> Claim:
+    def claim(self) -> ClaimedGuarantee:
         """What the run says about itself."""
         ...
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlm.randomness import seed_key, stream
 from fedlm.testkit.failure import PrivacyTestFailure
-from fedlm.testkit.subject import Claim, Floats, Outcome, Setting, Subject
+from fedlm.testkit.subject import ClaimedGuarantee, Floats, Outcome, Setting, Subject
 from fedlm.trainable.spec import RowIds, Vector
 
 _KEY = seed_key(0)
@@ -78,7 +78,7 @@ SMALL_CROWDS: Mapping[str, Crowd] = {
 """Crowds whose sum is known without knowing how the clip works: below the bound, or zero."""
 
 
-def without(claim: Claim, others: Mapping[int, Vector], device: int, size: int) -> dict[int, Vector]:
+def without(claim: ClaimedGuarantee, others: Mapping[int, Vector], device: int, size: int) -> dict[int, Vector]:
     """Return the neighbouring world: the device stays away or, where every report has its own noise, sends zero."""
     return dict(others) if not claim.by_report else joined(others, device, np.zeros(size, np.float32))
 
@@ -92,7 +92,7 @@ def known_mean(updates: Mapping[int, Vector], setting: Setting, outcome: Outcome
     """Return the release without its noise, for updates that are not finite or that no clip changes.
 
     Returns:
-        (P,) their sum / n; zeros for the whole release (P',), riders included, where nobody reported.
+        (P,) their sum / n; zeros for the whole release (P',), side queries included, where nobody reported.
     """
     if not updates:
         return np.zeros(outcome.release.size)
@@ -199,10 +199,11 @@ def whitened(subject: Subject, outcomes: list[Outcome], means: list[Floats]) -> 
 
 
 def whitened_rounds(subject: Subject, outcomes: list[Outcome], means: list[Floats]) -> list[Floats]:
-    """Return `whitened` round by round (P',), as far as each mean goes: riders ask in some rounds and not in others.
+    """Return `whitened` round by round (P',), as far as each mean goes: side queries ask in some rounds and not in
+    others.
 
-    In worlds without contributions riders answer zero, so that their noise is looked at too: give means of the whole
-    release there. Correlated noise needs equal coordinates in all rounds.
+    In worlds without contributions side queries answer zero, so that their noise is looked at too: give means of the
+    whole release there. Correlated noise needs equal coordinates in all rounds.
     """
     rows = [
         (outcome.release[: len(mean)].astype(np.float64) - mean) / _head(outcome.std, len(mean))
@@ -215,7 +216,7 @@ def whitened_rounds(subject: Subject, outcomes: list[Outcome], means: list[Float
     return list(matrix[: len(rows), : len(rows)] @ np.array([row[:size] for row in rows]))
 
 
-def distance(left: Outcome, right: Outcome, claim: Claim, num_reports: int) -> float:
+def distance(left: Outcome, right: Outcome, claim: ClaimedGuarantee, num_reports: int) -> float:
     """Return how far two releases lie apart, in units of what one device may change: z |difference / std|.
 
     Noise by report hides two updates up to 2 C apart, so one beside zero may change half of it, in units of the noise

@@ -24,7 +24,7 @@ from fedlm.data.batching import Batch, sequences
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.device_budget import DeviceBudget
 from fedlm.example_dp.engine import PerExampleEngine
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.plan import ExamplePlan, Phase
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Task
@@ -164,18 +164,18 @@ class _DeviceTask(Task[Batch]):
         self._step = step
         self._language_model.seed_dropout(int.from_bytes(secret[:7], "little"))
 
-    def losses(self, batch: Batch, tape: Tape) -> Tensor:
+    def losses(self, batch: Batch, per_example: PerExampleGradients) -> Tensor:
         """Return each sequence's mean loss over its own targets, (B,)."""
         model, tables = self._language_model, self._tables
         inputs, targets = (torch.from_numpy(words) for words in (batch.inputs, batch.targets))  # (B, T)
         mask = torch.from_numpy(batch.mask)  # (B, T)
-        rows = tables.look_up(tape, self._index[inputs], mask)  # (B, T, D)
+        rows = tables.look_up(per_example, self._index[inputs], mask)  # (B, T, D)
         hidden = model.body(model.embed(rows), mask, model.row_noise(inputs))  # (B, T, D)
         local = self._index[targets]  # (B, T)
         if not LOSSES.resolve(self._config.loss.kind).draws_negatives:
-            return tables.full_softmax(tape, hidden, local, mask, self._config.loss.chunk)
+            return tables.full_softmax(per_example, hidden, local, mask, self._config.loss.chunk)
         negatives = self._index[torch.from_numpy(self._negatives[self._step])]  # (K,)
-        return tables.sampled(tape, hidden, local, mask, negatives, self._log_expected, self._config.loss.kind)
+        return tables.sampled(per_example, hidden, local, mask, negatives, self._log_expected, self._config.loss.kind)
 
     @torch.no_grad()
     def descend(self, means: Mapping[str, Tensor]) -> None:

@@ -14,8 +14,8 @@ from fedlm.messages import EvaluateReply, EvaluateRequest, PartialSum, TrainRepl
 from fedlm.trainable.spec import RowIds
 from server.nodes import Nodes
 from server.reply_checks import evaluation_reader
-from server.scheduling import cut_pieces
-from server.transport.exchange import Exchange, Order
+from server.scheduling import cut_work_items
+from server.transport.exchange import Exchange, ExchangeSpec
 from server.transport.sum_exchange import SumExchange
 
 
@@ -33,12 +33,12 @@ class Dispatcher:
         self._on_lost = on_lost
 
     def evaluate(
-        self, order: Order, requests: Sequence[EvaluateRequest], store: TokenStore, num_sums: int
+        self, exchange_spec: ExchangeSpec, requests: Sequence[EvaluateRequest], store: TokenStore, num_sums: int
     ) -> Iterator[tuple[int, EvaluateReply]]:
         """Yield `(index of the request, reply)` in the order of arrival.
 
         Arguments:
-            order: What all messages share.
+            exchange_spec: What all messages share.
             requests: Which users to score.
             store: The corpus that they are in.
             num_sums: Numbers that the further metrics of the evaluation add up.
@@ -47,25 +47,25 @@ class Dispatcher:
             WorkerError: A request failed too often, or no node is left.
         """
         read = evaluation_reader(store, num_sums)
-        return Exchange(self._nodes, order, requests, read=read, on_lost=self._on_lost).replies()
+        return Exchange(self._nodes, exchange_spec, requests, read=read, on_lost=self._on_lost).replies()
 
     def train(
-        self, order: Order, requests: Sequence[TrainRequest], take: Callable[[PartialSum], None]
+        self, exchange_spec: ExchangeSpec, requests: Sequence[TrainRequest], take: Callable[[PartialSum], None]
     ) -> Iterator[tuple[int, TrainReply]]:
         """Yield `(index of the request, reply)`; an index may come again, and then the later reply counts.
 
         Arguments:
-            order: What all messages share.
-            requests: The pieces.
-            take: Called with partial sums that together hold every piece exactly once. It raises `DataError`, and adds
-                nothing, for a sum that cannot be used.
+            exchange_spec: What all messages share.
+            requests: The work items.
+            take: Called with partial sums that together hold every work item exactly once. It raises `DataError`, and
+                adds nothing, for a sum that cannot be used.
 
         Raises:
             WorkerError: A request failed too often, or no node is left.
         """
         if not requests:
             return iter(())
-        return SumExchange(self._nodes, order, requests, on_lost=self._on_lost, take=take).replies()
+        return SumExchange(self._nodes, exchange_spec, requests, on_lost=self._on_lost, take=take).replies()
 
     def take_events(self) -> list[dict[str, Any]]:
         """Return what has happened to workers and nodes since the last call, as far as the grid keeps a record."""
@@ -77,12 +77,12 @@ class Dispatcher:
         figures: dict[str, float] = getattr(self._grid, "figures", dict)()
         return figures
 
-    def pieces(
+    def work_items(
         self,
         cohort: RowIds,
         num_tokens: npt.NDArray[np.int64],
         groups: Sequence[npt.NDArray[np.int64]],
-        clipper: str,
+        clip_spec: str,
     ) -> list[TrainRequest]:
         """Cut a cohort's groups into requests.
 
@@ -90,13 +90,13 @@ class Dispatcher:
             cohort: Device ids (U,).
             num_tokens: (U,) tokens of each.
             groups: Positions in the cohort, largest devices first.
-            clipper: As text.
+            clip_spec: As text.
         """
         if not groups:
             return []
         num_nodes = len(self._nodes.wait())
-        pieces = cut_pieces(num_tokens, groups, num_nodes=num_nodes, one_each=not self._nodes.remember)
+        work_items = cut_work_items(num_tokens, groups, num_nodes=num_nodes, one_each=not self._nodes.remember)
         return [
-            TrainRequest(cohort[np.concatenate(piece)], np.array([len(group) for group in piece]), clipper)
-            for piece in pieces
+            TrainRequest(cohort[np.concatenate(work_item)], np.array([len(group) for group in work_item]), clip_spec)
+            for work_item in work_items
         ]

@@ -1,11 +1,11 @@
-"""One exchange with the nodes: pieces of work go out, replies come in, what fails goes to another node.
+"""One exchange with the nodes: work items go out, replies come in, what fails goes to another node.
 
-Nodes take the next piece when they return one, so uneven devices balance themselves. Each piece is out at one node at
-a time; a reply to a message that was given up is never read.
+Nodes take the next work item when they return one, so uneven devices balance themselves. Each work item is out at one
+node at a time; a reply to a message that was given up is never read.
 
-A piece that fails (an error reply, silence) is tried `MAX_ATTEMPTS` times, then the exchange ends: the piece may be
-what is wrong. A reply that cannot be used (`server.reply_checks`) is the node's fault and costs the piece no attempt:
-the node is left out of the run after a few (`server.nodes`), so there is an end to these too.
+A work item that fails (an error reply, silence) is tried `MAX_ATTEMPTS` times, then the exchange ends: the work item
+may be what is wrong. A reply that cannot be used (`server.reply_checks`) is the node's fault and costs the work item no
+attempt: the node is left out of the run after a few (`server.nodes`), so there is an end to these too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ POLL_S = 0.02
 
 
 @dataclass(frozen=True)
-class Order:
+class ExchangeSpec:
     """What all messages of an exchange share.
 
     Arguments:
@@ -56,8 +56,8 @@ class Order:
 
 
 @dataclass
-class Piece:
-    """A piece of work that is out, or waits to go out again."""
+class WorkItem:
+    """A work item that is out, or waits to go out again."""
 
     index: int
     request: Any
@@ -67,13 +67,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A message: what it asks, and the pieces that have to be done again if it fails."""
+    """A message: what it asks, and the work items that have to be done again if it fails."""
 
     node: int
     message_type: str
     request: Any
     records: Records
-    pieces: tuple[Piece, ...]
+    work_items: tuple[WorkItem, ...]
 
 
 class Exchange(Generic[Reply]):
@@ -81,8 +81,8 @@ class Exchange(Generic[Reply]):
 
     Arguments:
         nodes: Who may get work; one that has work and is silent for longer than their time-out is given up for it.
-        order: What all messages share.
-        requests: The pieces of work, dataclasses of `fedlm.messages`.
+        exchange_spec: What all messages share.
+        requests: The work items, dataclasses of `fedlm.messages`.
         read: Makes the reply to a request of the records that came; raises `DataError` for what cannot be used.
         on_lost: Called with `(node, reason)` when a message has failed.
     """
@@ -90,15 +90,15 @@ class Exchange(Generic[Reply]):
     def __init__(
         self,
         nodes: Nodes,
-        order: Order,
+        exchange_spec: ExchangeSpec,
         requests: Sequence[Any],
         *,
         read: Callable[[Any, RecordDict], Reply],
         on_lost: Callable[[int, str], None],
     ) -> None:
-        self._nodes, self._order, self._read, self._on_lost = nodes, order, read, on_lost
+        self._nodes, self._exchange_spec, self._read, self._on_lost = nodes, exchange_spec, read, on_lost
         self._grid, self._timeout_s = nodes.grid, nodes.timeout_s
-        self._waiting = deque(Piece(index, request) for index, request in enumerate(requests))
+        self._waiting = deque(WorkItem(index, request) for index, request in enumerate(requests))
         self._sent: dict[str, Outgoing] = {}  # by message id, in the order of pushing
         self._load: Counter[int] = Counter()  # messages that a node has
         self._heard: dict[int, float] = {}  # when a node last replied, or got work while it had none
@@ -109,10 +109,10 @@ class Exchange(Generic[Reply]):
         A subclass may yield an index again; the later reply then replaces the earlier one.
 
         Raises:
-            WorkerError: A piece failed too often, or there is no node, or none is left.
+            WorkerError: A work item failed too often, or there is no node, or none is left.
         """
         while True:
-            self._push(list(self._next_pieces()))
+            self._push(list(self._next_work_items()))
             self._push(list(self._other_messages()))
             if not self._sent:
                 return
@@ -124,9 +124,9 @@ class Exchange(Generic[Reply]):
                 self._give_up_silent_nodes()
                 time.sleep(max(0.0, started + POLL_S - time.monotonic()))  # some grids wait themselves
 
-    def _dress(self, node: int, piece: Piece) -> Any:
+    def _dress(self, node: int, work_item: WorkItem) -> Any:
         """Return the request as this node gets it."""
-        return piece.request
+        return work_item.request
 
     def _accept(self, sent: Outgoing, content: RecordDict) -> Iterator[tuple[int, Reply]]:
         """Take in the reply to a message and yield what it answers.
@@ -135,45 +135,46 @@ class Exchange(Generic[Reply]):
             DataError: It cannot be used; nothing was taken in.
         """
         if reply := self._fresh(sent, content):
-            yield sent.pieces[0].index, reply
+            yield sent.work_items[0].index, reply
 
     def _fresh(self, sent: Outgoing, content: RecordDict) -> Reply | None:
-        """Return the reply to a piece; None if the node could not apply the patch and now gets the whole state."""
+        """Return the reply to a work item; None if the node could not apply the patch and now gets the whole state."""
         reply = self._read(sent.request, content)
         if not reply.stale:
             return reply
-        if sent.records is self._order.whole:
+        if sent.records is self._exchange_spec.whole:
             raise DataError("the node says that it is stale with the whole state, which fits any node")
-        self._push([self._outgoing(sent.node, sent.pieces[0], self._order.whole)])
+        self._push([self._outgoing(sent.node, sent.work_items[0], self._exchange_spec.whole)])
         return None
 
     def _other_messages(self) -> Iterable[Outgoing]:
-        """Return what has to be sent besides pieces, once these have been given out."""
+        """Return what has to be sent besides work items, once these have been given out."""
         return ()
 
     def _fail(self, sent: Outgoing, reason: str) -> None:
-        """Count an attempt of the pieces of a message that has failed, and have them done again."""
+        """Count an attempt of the work items of a message that has failed, and have them done again."""
         self._redo(sent, reason)
-        for piece in sent.pieces:
-            piece.attempts += 1
-            if piece.attempts >= MAX_ATTEMPTS:
-                raise WorkerError(f"a piece of work failed {piece.attempts} times, last on node {sent.node}: {reason}")
+        for work_item in sent.work_items:
+            work_item.attempts += 1
+            if work_item.attempts >= MAX_ATTEMPTS:
+                raise WorkerError(f"a work item failed {work_item.attempts} times, last on node {sent.node}: {reason}")
 
     def _refuse(self, sent: Outgoing, reason: str) -> None:
-        """Have the pieces of a reply that cannot be used done again, and all of the node's if it is now left out."""
+        """Have the work items of a reply that cannot be used done again, and all of the node's if it is now left
+        out."""
         self._redo(sent, self._nodes.refuse(sent.node, reason))
         if self._nodes.is_left_out(sent.node):
             for message_id, other in list(self._sent.items()):
                 if other.node == sent.node:
                     self._forget(message_id)
-                    self._again(other.pieces)
+                    self._again(other.work_items)
 
     def _redo(self, sent: Outgoing, reason: str) -> None:
-        """Have the pieces of a message done again, elsewhere if there is another node."""
+        """Have the work items of a message done again, elsewhere if there is another node."""
         self._on_lost(sent.node, reason)
-        for piece in sent.pieces:
-            piece.avoid.add(sent.node)
-        self._again(sent.pieces)
+        for work_item in sent.work_items:
+            work_item.avoid.add(sent.node)
+        self._again(sent.work_items)
 
     def _forget(self, message_id: str) -> Outgoing:
         """Await no reply to a message any more."""
@@ -181,31 +182,31 @@ class Exchange(Generic[Reply]):
         self._load[sent.node] -= 1
         return sent
 
-    def _again(self, pieces: Sequence[Piece]) -> None:
-        self._waiting.extendleft(reversed(pieces))
+    def _again(self, work_items: Sequence[WorkItem]) -> None:
+        self._waiting.extendleft(reversed(work_items))
 
-    def _next_pieces(self) -> Iterator[Outgoing]:
-        """Give every node one piece before any gets a second."""
+    def _next_work_items(self) -> Iterator[Outgoing]:
+        """Give every node one work item before any gets a second."""
         if not self._waiting:
             return
         nodes = self._nodes.wait()
         given = Counter({node: self._load[node] for node in nodes})
         for limit in range(1, IN_FLIGHT_PER_NODE + 1):
             for node in nodes:
-                if given[node] < limit and (piece := self._pick(node, nodes)):
+                if given[node] < limit and (work_item := self._pick(node, nodes)):
                     given[node] += 1
-                    yield self._outgoing(node, piece, self._order.broadcast)
+                    yield self._outgoing(node, work_item, self._exchange_spec.broadcast)
 
-    def _pick(self, node: int, nodes: Sequence[int]) -> Piece | None:
-        """Take the first piece that has not failed on this node (any, once it has failed on all)."""
-        for position, piece in enumerate(self._waiting):
-            if node not in piece.avoid or piece.avoid.issuperset(nodes):
+    def _pick(self, node: int, nodes: Sequence[int]) -> WorkItem | None:
+        """Take the first work item that has not failed on this node (any, once it has failed on all)."""
+        for position, work_item in enumerate(self._waiting):
+            if node not in work_item.avoid or work_item.avoid.issuperset(nodes):
                 del self._waiting[position]
-                return piece
+                return work_item
         return None
 
-    def _outgoing(self, node: int, piece: Piece, broadcast: Records) -> Outgoing:
-        return Outgoing(node, self._order.message_type, self._dress(node, piece), broadcast, (piece,))
+    def _outgoing(self, node: int, work_item: WorkItem, broadcast: Records) -> Outgoing:
+        return Outgoing(node, self._exchange_spec.message_type, self._dress(node, work_item), broadcast, (work_item,))
 
     def _push(self, outgoing: Sequence[Outgoing]) -> None:
         if not outgoing:
@@ -215,7 +216,7 @@ class Exchange(Generic[Reply]):
                 RecordDict({**one.records, **to_records("request", one.request)}),
                 dst_node_id=one.node,
                 message_type=one.message_type,
-                group_id=self._order.group_id,
+                group_id=self._exchange_spec.group_id,
             )
             for one in outgoing
         ]

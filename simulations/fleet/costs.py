@@ -17,7 +17,7 @@ Counts = npt.NDArray[np.int64]
 Figures = npt.NDArray[np.float64]
 
 
-class Cost(Protocol):
+class DeviceCost(Protocol):
     """What training costs, by number of tokens (U,)."""
 
     def peak_mb(self, num_tokens: Counts) -> Figures:
@@ -28,7 +28,7 @@ class Cost(Protocol):
 
 
 class CostTable:
-    """The costs of every size up to a power of two; fulfils `Cost`.
+    """The costs of every size up to a power of two; fulfils `DeviceCost`.
 
     Arguments:
         cost: Is asked for 0, 1, 2 to 3, 4 to 7, and so on: which sets there are depends on the largest device, what is
@@ -36,7 +36,7 @@ class CostTable:
         most_tokens: The largest size that will be looked up.
     """
 
-    def __init__(self, cost: Cost, most_tokens: int) -> None:
+    def __init__(self, cost: DeviceCost, most_tokens: int) -> None:
         edges = [0, *(2**power for power in range(most_tokens.bit_length() + 1))]
         sizes = [np.arange(low, high) for low, high in pairwise(edges)]
         self._peak_mb = np.concatenate([cost.peak_mb(some) for some in sizes])

@@ -131,7 +131,7 @@ def load_profile(name: str) -> Profile:
 
 def parse_profile(lines: Iterable[str], name: str) -> Profile:
     """Return the profile of a CSV text; `name` stands in messages. Raises as `load_profile`."""
-    table = _Table(name)
+    table = _ProfileTable(name)
     rows = csv.reader(table.hashed(lines), strict=True)
     try:
         for cells in rows:
@@ -142,7 +142,7 @@ def parse_profile(lines: Iterable[str], name: str) -> Profile:
     return table.profile()
 
 
-class _Table:
+class _ProfileTable:
     """Reads row by row into flat arrays: a trace of a million devices is no million Python objects."""
 
     def __init__(self, name: str) -> None:

@@ -28,11 +28,11 @@ from server.participation import (
     UNAVAILABLE,
     EveryDevice,
     Fleet,
+    RoundParticipation,
     RoundTask,
-    Turnout,
     VirtualTime,
 )
-from simulations.fleet.costs import Cost, CostTable, Figures
+from simulations.fleet.costs import CostTable, DeviceCost, Figures
 from simulations.fleet.devices import Devices
 from simulations.fleet.profile import Profile, load_profile
 
@@ -70,7 +70,7 @@ class VirtualFleet:
         cost: What training costs them.
     """
 
-    def __init__(self, experiment: Experiment, profile: Profile, cost: Cost) -> None:
+    def __init__(self, experiment: Experiment, profile: Profile, cost: DeviceCost) -> None:
         self._experiment, self._config = experiment, experiment.config.fleet
         self._key = seed_key(experiment.config.seed)
         self._devices = Devices.draw(profile, len(experiment.fleet), experiment.config.seed)
@@ -85,7 +85,7 @@ class VirtualFleet:
             classes[name] += count
         return {"profile": profile.name, "profile_digest": profile.digest, "classes": classes}
 
-    def turnout(self, task: RoundTask) -> Turnout:
+    def participation(self, task: RoundTask) -> RoundParticipation:
         """Return what becomes of each device of a cohort; see `server.participation` for what that may depend on."""
         cohort, devices, t = task.cohort, self._devices, task.round_number
         num_tokens = self._experiment.store.num_tokens[self._experiment.fleet[cohort]]  # (U,)
@@ -108,7 +108,7 @@ class VirtualFleet:
         # The server cannot tell a dropout from a slow device: it waits until the deadline for both.
         missing = (outcomes >= DROPPED_OUT).any()
         round_s = self._deadline_s if missing else float(seconds.max(initial=0))
-        return Turnout(task, outcomes, seconds, VirtualTime(start_s, round_s))
+        return RoundParticipation(task, outcomes, seconds, VirtualTime(start_s, round_s))
 
     @property
     def _cap_mb(self) -> float:

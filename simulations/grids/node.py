@@ -20,7 +20,7 @@ MAX_REASON = 300
 _EXPECTED_REPLY = "it must return Message(content, reply_to=message)"
 
 
-class Outcome(NamedTuple):
+class NodeAnswer(NamedTuple):
     """The reply of a node, and the traceback when it is an error reply of an app that raised."""
 
     reply: Message
@@ -62,7 +62,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:MAX_REASON]}" if lines else type(error).__name__
 
 
-def answer(app: ClientApp, message: Message, context: Context) -> Outcome:
+def answer(app: ClientApp, message: Message, context: Context) -> NodeAnswer:
     """Run the app on one message.
 
     Arguments:
@@ -80,8 +80,8 @@ def answer(app: ClientApp, message: Message, context: Context) -> Outcome:
         reply = app(message, context)
         _check_reply(reply, metadata.message_id)
     except Exception as error:
-        return Outcome(error_reply(metadata, APP_ERROR, one_line(error)), traceback.format_exc())
-    return Outcome(reply, "")
+        return NodeAnswer(error_reply(metadata, APP_ERROR, one_line(error)), traceback.format_exc())
+    return NodeAnswer(reply, "")
 
 
 def _check_reply(reply: object, message_id: str) -> None:

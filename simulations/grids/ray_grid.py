@@ -23,9 +23,9 @@ from simulations.grids.flower_private import (
     error_reply,
     set_message_id,
 )
-from simulations.grids.node import Outcome, Scalar, new_context, node_ids, one_line
+from simulations.grids.node import NodeAnswer, Scalar, new_context, node_ids, one_line
 from simulations.grids.ray_fleet import MAX_RESTARTS, RayFleet
-from simulations.grids.ray_queue import Lane, Letter
+from simulations.grids.ray_queue import NodeQueue, QueuedMessage
 from simulations.grids.ray_session import (
     WORKER_ENVIRONMENT,
     Note,
@@ -80,7 +80,7 @@ class RayGrid(LocalGrid):
         if not address:
             _check_cores(num_workers, available_cores())
         super().__init__()
-        self._lanes: dict[int, Lane] = {}  # by node
+        self._queues: dict[int, NodeQueue] = {}  # by node
         self._calls: dict[Any, int] = {}  # the node of each call in progress, by its reference, oldest first
         self._replies: dict[str, Message] = {}
         self._ready = False  # every worker has started once
@@ -182,7 +182,7 @@ class RayGrid(LocalGrid):
         finally:
             self._session.close()
             self._calls.clear()
-            self._lanes.clear()
+            self._queues.clear()
 
     @property
     def _fleet(self) -> RayFleet:
@@ -190,7 +190,7 @@ class RayGrid(LocalGrid):
         return self._session.wait()
 
     def _post(self, message: Message) -> str:
-        """Put a message into its node's lane."""
+        """Put a message into its node's queue."""
         node_id = message.metadata.dst_node_id
         node = self._fleet.nodes.get(node_id)
         if node is None:
@@ -198,24 +198,24 @@ class RayGrid(LocalGrid):
                 f"message for node {node_id}: this grid has nodes {self.get_node_ids()}; choose one of get_node_ids()"
             )
         message_id = self._stamp(message)
-        parcel, records = wire.detach(message)
+        detached_message, records = wire.detach(message)
         if node.given_up:
-            self._deliver_error(parcel.metadata, WORKER_LOST, "worker lost: its node was given up")
+            self._deliver_error(detached_message.metadata, WORKER_LOST, "worker lost: its node was given up")
             return message_id
-        lane = self._lanes.setdefault(node_id, Lane())
-        if not lane.held:
+        queue = self._queues.setdefault(node_id, NodeQueue())
+        if not queue.held:
             node.hear()
         self._fleet.broadcasts.enter(message.metadata.group_id)
         references = tuple(self._fleet.broadcasts.reference(record) for record in records)
-        lane.waiting.append(Letter(message_id, parcel, references))
+        queue.waiting.append(QueuedMessage(message_id, detached_message, references))
         return message_id
 
     def _send(self) -> None:
         """Make the calls that are due."""
-        for node_id, lane in self._lanes.items():
-            while call := lane.next_call():
-                parcels, references = call
-                reference = self._fleet.nodes[node_id].actor.handle.remote(wire.pack(parcels), references)
+        for node_id, queue in self._queues.items():
+            while call := queue.next_call():
+                detached_messages, references = call
+                reference = self._fleet.nodes[node_id].actor.handle.remote(wire.pack(detached_messages), references)
                 self._calls[reference] = node_id
 
     def _collect(self, wait_s: float) -> None:
@@ -233,7 +233,7 @@ class RayGrid(LocalGrid):
                 self._settle(reference)
             elif self._fleet.starting().get(reference) is not None:
                 self._settle_start(starting[reference])
-        busy = {node_id for node_id, lane in self._lanes.items() if lane.held}
+        busy = {node_id for node_id, queue in self._queues.items() if queue.held}
         for node_id, cause in self._fleet.silent(busy).items():
             self._lose(node_id, cause)
         self._send()
@@ -246,15 +246,15 @@ class RayGrid(LocalGrid):
         except self._session.ray.exceptions.RayError as error:
             self._lose(node_id, one_line(error))
             return
-        node, lane = self._fleet.nodes[node_id], self._lanes[node_id]
+        node, queue = self._fleet.nodes[node_id], self._queues[node_id]
         node.hear()
         node.losses = 0
-        lane.calls -= 1
-        outcomes: list[Outcome] = wire.unpack(packed)
+        queue.calls -= 1
+        outcomes: list[NodeAnswer] = wire.unpack(packed)
         for reply, traceback in outcomes:
             if traceback:
                 _log.debug("node %d raised\n%s", node_id, traceback)
-            del lane.held[reply.metadata.reply_to_message_id]
+            del queue.held[reply.metadata.reply_to_message_id]
             self._deliver(reply)
 
     def _settle_start(self, node_id: int) -> None:
@@ -263,13 +263,18 @@ class RayGrid(LocalGrid):
 
     def _lose(self, node_id: int, cause: str) -> None:
         """Answer what a worker had with errors, and have it replaced."""
-        lane, nodes = self._lanes.setdefault(node_id, Lane()), self._fleet.nodes
+        queue, nodes = self._queues.setdefault(node_id, NodeQueue()), self._fleet.nodes
         self._calls = {reference: of for reference, of in self._calls.items() if of != node_id}
-        lost = lane.take_held()
+        lost = queue.take_held()
         self._fleet.replace(node_id, cause, len(lost))
         if nodes[node_id].given_up:
-            lost.update({letter.message_id: letter.parcel.metadata for letter in lane.waiting})
-            lane.waiting.clear()
+            lost.update(
+                {
+                    queued_message.message_id: queued_message.detached_message.metadata
+                    for queued_message in queue.waiting
+                }
+            )
+            queue.waiting.clear()
         for metadata in lost.values():
             self._deliver_error(metadata, WORKER_LOST, f"worker lost: {cause}")
 

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 
 from flwr.app import Metadata
 
-from simulations.grids.wire import Parcel
+from simulations.grids.wire import DetachedMessage
 
 CALLS_IN_FLIGHT = 2  # one is answered, one waits at the worker
 MESSAGES_PER_CALL = 64
 
 
-class Letter(NamedTuple):
+class QueuedMessage(NamedTuple):
     """A message that waits, in parts, and the references of its large records."""
 
     message_id: str
-    parcel: Parcel
+    detached_message: DetachedMessage
     references: tuple[Any, ...]
 
 
 @dataclass
-class Lane:
+class NodeQueue:
     """The state of one node's messages.
 
     Arguments:
@@ -36,27 +36,27 @@ class Lane:
         calls: Calls that the worker has not ended.
     """
 
-    waiting: deque[Letter] = field(default_factory=deque)
+    waiting: deque[QueuedMessage] = field(default_factory=deque)
     held: dict[str, Metadata] = field(default_factory=dict)
     calls: int = 0
 
-    def next_call(self) -> tuple[list[Parcel], list[Any]] | None:
-        """Take what the next call carries: parcels, and the references that these count from the first of.
+    def next_call(self) -> tuple[list[DetachedMessage], list[Any]] | None:
+        """Take what the next call carries: detached messages, and the references that these count from the first of.
 
         Returns:
             None when no call is due; an empty call lets the worker go on with messages that it has.
         """
         if self.calls >= CALLS_IN_FLIGHT or not (self.waiting or (self.held and not self.calls)):
             return None
-        parcels: list[Parcel] = []
+        detached_messages: list[DetachedMessage] = []
         references: dict[Any, int] = {}
-        while self.waiting and len(parcels) < MESSAGES_PER_CALL:
-            letter = self.waiting.popleft()
-            places = [references.setdefault(reference, len(references)) for reference in letter.references]
-            parcels.append(letter.parcel.renumbered(places))
-            self.held[letter.message_id] = letter.parcel.metadata
+        while self.waiting and len(detached_messages) < MESSAGES_PER_CALL:
+            queued_message = self.waiting.popleft()
+            places = [references.setdefault(reference, len(references)) for reference in queued_message.references]
+            detached_messages.append(queued_message.detached_message.renumbered(places))
+            self.held[queued_message.message_id] = queued_message.detached_message.metadata
         self.calls += 1
-        return parcels, list(references)
+        return detached_messages, list(references)
 
     def take_held(self) -> dict[str, Metadata]:
         """Return what the worker has, and forget it together with its calls."""

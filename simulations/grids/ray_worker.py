@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 
 from fedlm.errors import ConfigError
 from simulations.grids import wire
-from simulations.grids.node import Outcome, answer
+from simulations.grids.node import NodeAnswer, answer
 
 CALL_S = 0.02
 """After this many seconds a call takes no further message."""
@@ -77,7 +77,7 @@ class Worker:
 
         Arguments:
             packed: Parcels (`wire.detach`).
-            references: Of the large records in the object store that the parcels have lost.
+            references: Of the large records in the object store that the detached messages have lost.
 
         Returns:
             The packed outcomes, as many as there was time for.
@@ -86,8 +86,8 @@ class Worker:
         if references:
             self._records = {r.hex(): self._records.get(r.hex()) or self._ray.get(r) for r in references}
         records = [self._records[reference.hex()] for reference in references]
-        self._backlog += [wire.attach(parcel, records) for parcel in wire.unpack(packed)]
-        outcomes: list[Outcome] = []
+        self._backlog += [wire.attach(detached_message, records) for detached_message in wire.unpack(packed)]
+        outcomes: list[NodeAnswer] = []
         while self._backlog and (not outcomes or time.monotonic() < deadline):
             outcomes.append(answer(self._app, self._backlog.popleft(), self._context))
         return wire.pack(outcomes)

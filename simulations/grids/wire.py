@@ -72,28 +72,28 @@ def share(record: ArrayRecord) -> ArrayRecord:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class DetachedMessage:
     """A message whose large array records are replaced by their position among the detached ones."""
 
     metadata: Metadata
     content: dict[str, Record | int]
 
-    def renumbered(self, places: Sequence[int]) -> Parcel:
-        """Return the parcel whose i-th detached record is the `places[i]`-th of a larger collection."""
+    def renumbered(self, places: Sequence[int]) -> DetachedMessage:
+        """Return the detached message whose i-th detached record is the `places[i]`-th of a larger collection."""
         if list(places) == list(range(len(places))):
             return self
         content = {key: places[r] if isinstance(r, int) else r for key, r in self.content.items()}
-        return Parcel(self.metadata, content)
+        return DetachedMessage(self.metadata, content)
 
 
-def detach(message: Message) -> tuple[Parcel, list[ArrayRecord]]:
-    """Split a message into a small parcel and the large array records that it carried.
+def detach(message: Message) -> tuple[DetachedMessage, list[ArrayRecord]]:
+    """Split a message into a small detached message and the large array records that it carried.
 
     Arguments:
-        message: Is not changed; the parcel has its own copy of the metadata.
+        message: Is not changed; the detached message has its own copy of the metadata.
 
     Returns:
-        The parcel, and the records of at least `DETACH_BYTES` bytes in the order of their keys.
+        The detached message, and the records of at least `DETACH_BYTES` bytes in the order of their keys.
     """
     content: dict[str, Record | int] = {}
     detached: list[ArrayRecord] = []
@@ -103,12 +103,13 @@ def detach(message: Message) -> tuple[Parcel, list[ArrayRecord]]:
             detached.append(record)
         else:
             content[key] = record
-    return Parcel(copy_metadata(message.metadata), content), detached
+    return DetachedMessage(copy_metadata(message.metadata), content), detached
 
 
-def attach(parcel: Parcel, detached: Sequence[ArrayRecord]) -> Message:
+def attach(detached_message: DetachedMessage, detached: Sequence[ArrayRecord]) -> Message:
     """Return the message that `detach` took apart; what the app does to it does not reach `detached`."""
     records = {
-        key: share(detached[record]) if isinstance(record, int) else record for key, record in parcel.content.items()
+        key: share(detached[record]) if isinstance(record, int) else record
+        for key, record in detached_message.content.items()
     }
-    return rebuild_message(parcel.metadata, RecordDict(records))
+    return rebuild_message(detached_message.metadata, RecordDict(records))

@@ -9,8 +9,8 @@ from math import fsum, sqrt
 
 from fedlm.codec import from_text
 from fedlm.errors import DataError
-from fedlm.privacy.clipping.block_scaling import Geometry
-from fedlm.privacy.plan_parameters import PrivacyTerms
+from fedlm.privacy.clipping.block_scaling import BlockScaling
+from fedlm.privacy.plan_parameters import PlanParameters
 from fedlm.trainable.spec import UpdateSpec
 from simulations.report.axes import Axis, suits_log
 from simulations.report.figures import figure
@@ -39,35 +39,37 @@ def noise_norms(record: RunRecord) -> dict[int, float]:
     Empty where the files do not tell: without privacy, with a row set that was chosen on the way, with the allocation
     as published, whose noise follows unwritten figures, with tree noise, and for a plan of another version.
     """
-    terms: PrivacyTerms | None = None
+    plan_parameters: PlanParameters | None = None
     with suppress(DataError):  # a report must not fail for a plan that only a chart would have used
-        terms = from_text(PrivacyTerms, record.plan_text, where="stored privacy plan")
+        plan_parameters = from_text(PlanParameters, record.plan_text, where="stored privacy plan")
     blocks = record.start.get("blocks") or []
-    if not terms or not terms.enabled or not blocks:
+    if not plan_parameters or not plan_parameters.enabled or not blocks:
         return {}
-    adaptation = terms.adaptation
-    if adaptation.selection_rounds or adaptation.allocation == "published":
+    adaptive_rule = plan_parameters.adaptive_rule
+    if adaptive_rule.selection_rounds or adaptive_rule.allocation == "published":
         return {}
     spec = UpdateSpec.build([(block["name"], block["kind"], (int(block["bytes"]) // 4,)) for block in blocks])
-    grown = terms.mechanism.round_growth()
+    grown = plan_parameters.mechanism.round_growth()
     if grown is None:
         return {}
     rounds = [line for line in record.trained_rounds if line["round"] <= len(grown)]
-    return {line["round"]: float(_noise_norm(line, terms, spec) * grown[line["round"] - 1]) for line in rounds}
+    return {
+        line["round"]: float(_noise_norm(line, plan_parameters, spec) * grown[line["round"] - 1]) for line in rounds
+    }
 
 
-def _noise_norm(line: Record, terms: PrivacyTerms, spec: UpdateSpec) -> float:
+def _noise_norm(line: Record, plan_parameters: PlanParameters, spec: UpdateSpec) -> float:
     """Return the norm of a round's own draw: the noise of a coordinate, times its group's scale."""
-    adaptation = terms.adaptation
-    state = adaptation.first_state(spec)
+    adaptive_rule = plan_parameters.adaptive_rule
+    state = adaptive_rule.first_state(spec)
     state = replace(state, clip_norm=number(line, "clip_norm") or state.clip_norm)
     if state.allocation and line.get("scales"):
         state = replace(state, allocation=replace(state.allocation, scales=tuple(line["scales"])))
-    clipper = adaptation.clipper(state, spec, line["round"])
-    geometry = clipper.geometry or Geometry(((0, spec.size, 0),), (1.0,))
-    squares = fsum((stop - start) * geometry.scales[group] ** 2 for start, stop, group in geometry.spans)
-    reports = (number(line, "devices") or 0.0) * terms.expected_cohort / terms.cohort
-    return float(terms.noise_std(clipper, reports) * sqrt(squares))
+    clip_spec = adaptive_rule.clip_spec(state, spec, line["round"])
+    block_scaling = clip_spec.block_scaling or BlockScaling(((0, spec.size, 0),), (1.0,))
+    squares = fsum((stop - start) * block_scaling.scales[group] ** 2 for start, stop, group in block_scaling.spans)
+    reports = (number(line, "devices") or 0.0) * plan_parameters.expected_cohort / plan_parameters.cohort
+    return float(plan_parameters.noise_std(clip_spec, reports) * sqrt(squares))
 
 
 def _signal(record: RunRecord) -> list[Markup]:

@@ -67,7 +67,7 @@ NON_PRIVATE = 0.0
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """One run of the study.
 
     Arguments:
@@ -144,15 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def grid(arguments: argparse.Namespace) -> Iterator[Job]:
+def grid(arguments: argparse.Namespace) -> Iterator[FinetuneJob]:
     """Yield the runs in the order of the table."""
     for task in arguments.tasks:
         for variant in arguments.variants:
             for epsilon in arguments.epsilons:
-                yield from (Job(task, variant, epsilon, seed, arguments.data) for seed in arguments.seeds)
+                yield from (FinetuneJob(task, variant, epsilon, seed, arguments.data) for seed in arguments.seeds)
 
 
-def table(jobs: Sequence[Job], lines: Mapping[str, Line]) -> Iterator[str]:
+def table(jobs: Sequence[FinetuneJob], lines: Mapping[str, Line]) -> Iterator[str]:
     """Yield a Markdown table: a row for each task, variant and epsilon that has results."""
     rows: dict[tuple[str, str, float], list[Line]] = {}
     for job in jobs:

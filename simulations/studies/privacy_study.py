@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Job:
+class PrivacyJob:
     """One run of the study.
 
     Arguments:
@@ -114,16 +114,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def grid(corpus: Path, epsilons: Iterable[float], seeds: Sequence[int], only: Sequence[str]) -> Iterator[Job]:
+def grid(corpus: Path, epsilons: Iterable[float], seeds: Sequence[int], only: Sequence[str]) -> Iterator[PrivacyJob]:
     """Yield the runs in the order of the table; the noiseless one once a seed."""
     names = [name for name in VARIANTS if not only or name in only]
     for epsilon in (0.0, *epsilons):
         for name in names:
             if (name == NOISELESS) == (epsilon == 0):
-                yield from (Job(name, epsilon, seed, corpus) for seed in seeds)
+                yield from (PrivacyJob(name, epsilon, seed, corpus) for seed in seeds)
 
 
-def table(jobs: Iterable[Job], lines: Mapping[str, Line]) -> Iterator[str]:
+def table(jobs: Iterable[PrivacyJob], lines: Mapping[str, Line]) -> Iterator[str]:
     """Yield a Markdown table: a row for each variant and epsilon that has results."""
     rows: dict[tuple[float, str], dict[int, Line]] = {}
     for job in jobs:

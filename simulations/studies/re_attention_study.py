@@ -77,7 +77,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Job:
+class ReAttentionJob:
     """One run."""
 
     variant: str
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = Sizes(**dict(arguments.size))
     try:
         jobs = [
-            Job(variant, epsilon, seed, arguments.train.name, arguments.public, sizes)
+            ReAttentionJob(variant, epsilon, seed, arguments.train.name, arguments.public, sizes)
             for seed in arguments.seeds
             for epsilon in arguments.epsilons
             for variant in VARIANTS
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_all(jobs: Sequence[Job], sizes: Sizes, arguments: argparse.Namespace) -> None:
+def _run_all(jobs: Sequence[ReAttentionJob], sizes: Sizes, arguments: argparse.Namespace) -> None:
     vocabulary = load_vocabulary(settings(jobs[0]))
     train = _windows(arguments.train, vocabulary, sizes.length, sizes.num_examples)
     test = _windows(arguments.test, vocabulary, sizes.length, sizes.num_test)
@@ -129,7 +129,7 @@ def _run_all(jobs: Sequence[Job], sizes: Sizes, arguments: argparse.Namespace) -
         print(f"{job}: perplexity {line['perplexity']:.1f}, {line['seconds']:.0f} s, {left} to go", file=sys.stderr)
 
 
-def settings(job: Job) -> Config:
+def settings(job: ReAttentionJob) -> Config:
     """Return the config of a run's model and loss."""
     sizes = job.sizes
     return load_config(
@@ -153,7 +153,7 @@ def settings(job: Job) -> Config:
     )
 
 
-def run(job: Job, vocabulary: Vocabulary, train: Batch, test: Batch) -> dict[str, Any]:
+def run(job: ReAttentionJob, vocabulary: Vocabulary, train: Batch, test: Batch) -> dict[str, Any]:
     """Train and score once; returns the line."""
     start, sizes, config = time.monotonic(), job.sizes, settings(job)
     frequencies = vocabulary.frequencies
@@ -249,7 +249,7 @@ def _score_part(
     return wanted, logits.logsumexp(1) - scores[:, 0], (logits > scores).sum(1)
 
 
-def table(jobs: Sequence[Job], lines: dict[str, Line]) -> Iterator[str]:
+def table(jobs: Sequence[ReAttentionJob], lines: dict[str, Line]) -> Iterator[str]:
     """Yield a Markdown table: a row for each variant and epsilon, differences against attention as it is."""
     yield "| epsilon | variant | perplexity | against off | @1 % | @10 % | @10 %, rarest half | against off |"
     yield "|---|---|---|---|---|---|---|---|"

@@ -13,8 +13,8 @@ from clients.canary_devices import CanaryDevices
 from fedlm.audit.phrase_losses import phrase_losses
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
-from fedlm.privacy.clipping.block_scaling import Geometry
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.block_scaling import BlockScaling
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.clipping.side_queries import ClipBit
 
@@ -44,9 +44,9 @@ def kinds(experiment: Experiment) -> dict[str, int]:
     return {name: 10 + int(number) for name, number in first.items()} | {"real": 3}
 
 
-def clippers(size: int) -> list[Clipper]:
-    geometry = Geometry(((0, 50, 0), (50, size, 1)), (0.2, 3.0))
-    return [Clipper(0.3), Clipper(0.3, None, (ClipBit(0.1, 0.5),)), Clipper(0.3, geometry)]
+def clip_specs(size: int) -> list[ClipSpec]:
+    block_scaling = BlockScaling(((0, 50, 0), (50, size, 1)), (0.2, 3.0))
+    return [ClipSpec(0.3), ClipSpec(0.3, None, (ClipBit(0.1, 0.5),)), ClipSpec(0.3, block_scaling)]
 
 
 @pytest.mark.parametrize("kind", range(3))
@@ -54,14 +54,14 @@ def test_a_member_fills_the_clip_norm_in_its_direction_and_a_stranger_adds_nothi
     experiment: Experiment, kind: int
 ) -> None:
     spec = experiment.trainable().spec.with_rows(np.arange(5, 65))
-    clipper = clippers(spec.size)[kind]
+    clip_spec = clip_specs(spec.size)[kind]
     host, devices = CanaryDevices(experiment), kinds(experiment)
-    total = new_sum(clipper, spec.size)
+    total = new_sum(clip_spec, spec.size)
     assert host.contribute(total, spec, [devices["gradient stranger"], devices["text stranger"]]) == []
     assert total.num_devices == 2
     assert not total.to_arrays()[0].any()
     assert host.contribute(total, spec, [devices["gradient member"]]) == []
-    vector = total.to_arrays()[0][: spec.size] * clipper.unit / clipper.update_share
+    vector = total.to_arrays()[0][: spec.size] * clip_spec.unit / clip_spec.update_share
     signs = experiment.canaries.signs(devices["gradient member"] - 10, spec)
     assert vector == pytest.approx(signs * 0.3 / math.sqrt(spec.size), rel=1e-5)
 
@@ -69,7 +69,7 @@ def test_a_member_fills_the_clip_norm_in_its_direction_and_a_stranger_adds_nothi
 def test_the_others_train_and_text_canaries_on_their_phrase(experiment: Experiment) -> None:
     host, devices = CanaryDevices(experiment), kinds(experiment)
     spec = experiment.trainable().spec.with_rows(np.arange(60))
-    total = new_sum(Clipper(1.0), spec.size)
+    total = new_sum(ClipSpec(1.0), spec.size)
     both = [devices["real"], devices["text member"]]
     assert host.contribute(total, spec, both) == both
     assert total.num_devices == 0

@@ -109,8 +109,8 @@ def test_downloads_are_those_that_the_server_counts(sampler: str) -> None:
     for number, ids in enumerate(sets[:-1], start=1):
         meter.changed(full.with_rows(ids), number)
     counted = int(meter.download(np.array([0]), full.with_rows(sets[-1]))[0])
-    terms = PrivacyPlan.create(config.privacy, rounds=12, fleet_size=60, cohort=10, seed=1)
-    predicted = payload(config, schedule_of(config, full, frequencies), frequencies, terms)
+    plan_parameters = PrivacyPlan.create(config.privacy, rounds=12, fleet_size=60, cohort=10, seed=1)
+    predicted = payload(config, schedule_of(config, full, frequencies), frequencies, plan_parameters)
     assert predicted.down_first == pytest.approx(counted, rel=0.03)
     assert predicted.down_again <= predicted.down_first
 

@@ -183,7 +183,7 @@ def test_a_server_that_bypasses_the_noise_is_caught_by_the_model(audit: Audit, m
     release = PrivacyPlan.release
 
     def leaking(plan: PrivacyPlan, total: ClippedSum, *rest: Any) -> Release:
-        RawSum.leaked = total.to_arrays()[0] * total.clipper.unit
+        RawSum.leaked = total.to_arrays()[0] * total.clip_spec.unit
         return release(plan, total, *rest)
 
     monkeypatch.setattr(PrivacyPlan, "release", leaking)

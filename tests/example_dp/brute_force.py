@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import ClippedGradients, PerExampleEngine
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.task import Task
 
 Inputs = dict[str, Tensor]
@@ -27,7 +27,7 @@ class SimpleTask(Task[Inputs]):
     def num_examples(self, batch: Inputs) -> int:
         return len(next(iter(batch.values())))
 
-    def losses(self, batch: Inputs, tape: Tape) -> Tensor:
+    def losses(self, batch: Inputs, per_example: PerExampleGradients) -> Tensor:
         return self.loss(self.model, batch)
 
 

@@ -17,7 +17,7 @@ from fedlm.example_dp.device_budget import device_budget
 from fedlm.example_dp.engine import total_norms
 from fedlm.example_dp.independence import check_independence
 from fedlm.example_dp.opacus_engine import OpacusEngine
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.example_dp.task import Task
@@ -37,12 +37,12 @@ def test_nearly_certain_predictions_stay_below_the_clip_norm(kind: str, length: 
         tables = TrainedTables(
             input_table=table, output_table=table, output_bias=None, trained=frozenset({"output_table"})
         )
-        tape = Tape(3)
-        losses = tables.full_softmax(tape, hidden, targets, torch.ones(3, 1, dtype=torch.bool), 64)
-        torch.autograd.grad(losses, [tape.trigger], torch.ones(3), allow_unused=True)
+        per_example = PerExampleGradients(3)
+        losses = tables.full_softmax(per_example, hidden, targets, torch.ones(3, 1, dtype=torch.bool), 64)
+        torch.autograd.grad(losses, [per_example.trigger], torch.ones(3), allow_unused=True)
         alone = torch.tensor([1.0, 0.0, 0.0])
-        factors = ClipRule(kind, clip_norm).factors(total_norms(tape)).float() * alone
-        share = tape.contributions[0].weighted_sums(factors)["output_table"]
+        factors = ClipRule(kind, clip_norm).factors(total_norms(per_example)).float() * alone
+        share = per_example.contributions[0].weighted_sums(factors)["output_table"]
         worst = max(worst, float(share.double().norm()))
     assert worst <= clip_norm
 
@@ -60,7 +60,7 @@ def test_opacus_norms_of_large_weights_hold() -> None:
         def num_examples(self, batch: Tensor) -> int:
             return len(batch)
 
-        def losses(self, batch: Tensor, tape: Tape) -> Tensor:
+        def losses(self, batch: Tensor, per_example: PerExampleGradients) -> Tensor:
             return self.model(batch).squeeze(1)
 
     with torch.random.fork_rng(devices=[]):
@@ -79,7 +79,7 @@ class Odd(Task[Tensor]):
     def num_examples(self, batch: Tensor) -> int:
         return len(batch)
 
-    def losses(self, batch: Tensor, tape: Tape) -> Tensor:
+    def losses(self, batch: Tensor, per_example: PerExampleGradients) -> Tensor:
         rounding = (batch[:, 0] < self.extreme).double() * len(batch)
         return self.model(batch).squeeze(1) + rounding
 

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import ClipRule
-from fedlm.example_dp.layers.matrix import MatrixPiece
+from fedlm.example_dp.layers.matrix import MatrixGradSampler
 
 
 def _share(gradient: Tensor, x: Tensor) -> float:
     """Return how long the first example's share of a clipped sum is, at clip norm 1."""
-    piece = MatrixPiece("w", nn.Parameter(torch.zeros(gradient.shape[2], x.shape[2])), len(x))
-    piece.receive(x, gradient)
-    factors = ClipRule("flat", 1.0).factors(piece.squared_norms().double().sqrt()).float()
+    sampler = MatrixGradSampler("w", nn.Parameter(torch.zeros(gradient.shape[2], x.shape[2])), len(x))
+    sampler.receive(x, gradient)
+    factors = ClipRule("flat", 1.0).factors(sampler.squared_norms().double().sqrt()).float()
     factors[1:] = 0
-    return float(piece.weighted_sums(factors)["w"].double().norm())
+    return float(sampler.weighted_sums(factors)["w"].double().norm())
 
 
 def test_gram_matrices_that_underflow_do_not_hide_a_gradient() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedlm.config.schema import ExampleDpConfig
 from fedlm.errors import BudgetExceededError, ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.plan import ExamplePlan
 from fedlm.example_dp.task import Task
 from fedlm.example_dp.trainer import DpTrainer, ReleaseOptimizer, StepReport
@@ -64,7 +64,7 @@ class Regression(Task[Pair]):
     def begin_step(self, step: int, secret: bytes) -> None:
         self.begun.append((step, secret))
 
-    def losses(self, batch: Pair, tape: Tape) -> Tensor:
+    def losses(self, batch: Pair, per_example: PerExampleGradients) -> Tensor:
         self.modes.append(self.model.training)
         return (self.model(batch[0]).squeeze(1) - batch[1]).square()  # (B,)
 
@@ -91,7 +91,7 @@ def one_at_a_time(
     """Return the sum of gradients, each clipped on its own."""
     total = {name: torch.zeros_like(value) for name, value in task.trained.items()}
     for index in indices:
-        loss = task.losses((points.x[[index]], points.y[[index]]), Tape(1)).sum()
+        loss = task.losses((points.x[[index]], points.y[[index]]), PerExampleGradients(1)).sum()
         gradients = torch.autograd.grad(loss, list(task.trained.values()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         for name, gradient in zip(task.trained, gradients, strict=True):
@@ -193,7 +193,7 @@ def test_an_empty_sample_releases_noise() -> None:
 class InBatch(Regression):
     """Each loss is measured against the batch's mean: what in-batch negatives and batch statistics amount to."""
 
-    def losses(self, batch: Pair, tape: Tape) -> Tensor:
+    def losses(self, batch: Pair, per_example: PerExampleGradients) -> Tensor:
         predicted = self.model(batch[0]).squeeze(1)
         return (predicted - predicted.mean() - batch[1]).square()
 
@@ -313,7 +313,7 @@ def test_reports_say_what_is_private() -> None:
     reference = Regression()
     report = trainer_of(task, points, plan).step()
     finite = np.delete(np.arange(30), 4)
-    losses = reference.losses((points.x[finite], points.y[finite]), Tape(29))
+    losses = reference.losses((points.x[finite], points.y[finite]), PerExampleGradients(29))
     assert report.non_private_loss == pytest.approx(float(losses.detach().mean()), rel=1e-12)
     assert (report.non_private_num_sampled, report.non_private_num_rejected) == (30, 1)
     assert report.noise_norm == pytest.approx(0.5 / 30 * math.sqrt(task.vector().numel()))
@@ -328,7 +328,7 @@ def test_without_privacy_it_is_sgd() -> None:
     optimizer = torch.optim.Adam(reference.model.parameters(), lr=0.01)
     for _ in range(5):
         optimizer.zero_grad()
-        reference.losses((points.x, points.y), Tape(20)).mean().backward()
+        reference.losses((points.x, points.y), PerExampleGradients(20)).mean().backward()
         optimizer.step()
     assert torch.allclose(task.vector(), reference.vector(), rtol=0, atol=1e-9)
 

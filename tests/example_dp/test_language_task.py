@@ -16,7 +16,7 @@ from fedlm.errors import ConfigError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
 from fedlm.example_dp.language import LanguageTask, Sequences
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.losses.nce import nce_loss
 from fedlm.losses.negatives import NoiseDistribution
 from fedlm.losses.sampled_softmax import sampled_softmax_loss
@@ -166,16 +166,16 @@ def test_chosen_tables_become_the_models_own_memory() -> None:
     assert model.output_table is before[1]
     assert task.trained["input_table"].data_ptr() == model.input_table.data_ptr() != before[0].data_ptr()
     batch = private_sequences(2).batch(np.arange(2))
-    first = task.losses(batch, Tape(2)).detach()
+    first = task.losses(batch, PerExampleGradients(2)).detach()
     task.trained["input_table"].mul_(0.5)  # as an optimiser steps: in place
-    assert not torch.equal(task.losses(batch, Tape(2)).detach(), first)
+    assert not torch.equal(task.losses(batch, PerExampleGradients(2)).detach(), first)
     assert not torch.equal(before[0], model.input_table)
 
 
 def test_negatives_follow_the_step_and_not_the_physical_batch() -> None:
     task = make_task(own_model("transformer"), "nce")
     examples = private_sequences(5)
-    losses = lambda *rows: task.losses(examples.batch(np.array(rows)), Tape(len(rows))).detach()  # noqa: E731
+    losses = lambda *rows: task.losses(examples.batch(np.array(rows)), PerExampleGradients(len(rows))).detach()  # noqa: E731
     task.begin_step(3, bytes(32))
     together = losses(0, 1, 2, 3, 4)
     apart = torch.cat([losses(0, 1), losses(2), losses(3, 4)])
@@ -191,7 +191,7 @@ def test_dropout_follows_the_secret() -> None:
 
     def losses(secret: bytes) -> Tensor:
         task.begin_step(0, secret)
-        return task.losses(batch, Tape(2)).detach()
+        return task.losses(batch, PerExampleGradients(2)).detach()
 
     assert torch.equal(losses(b"a" * 32), losses(b"a" * 32))
     assert not torch.equal(losses(b"a" * 32), losses(b"b" * 32))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import SLACK
-from fedlm.example_dp.layers.matrix import MatrixPiece, ghost_norms
+from fedlm.example_dp.layers.matrix import MatrixGradSampler, ghost_norms
 from fedlm.models.layers import Positions
 
 WIDE = 40
@@ -119,10 +119,10 @@ def adversaries(T: int, d: int) -> dict[str, tuple[Tensor, Tensor]]:
 def test_norms_in_float32_stay_within_the_slack(case: str, T: int, d: int) -> None:
     """A norm that comes out too small would let an example beyond the bound; d is large enough for a ghost norm."""
     left, right = adversaries(T, d)[case]
-    piece = MatrixPiece("weight", nn.Parameter(torch.empty(d, d)), 1)
-    piece.receive(right, left)
+    sampler = MatrixGradSampler("weight", nn.Parameter(torch.empty(d, d)), 1)
+    sampler.receive(right, left)
     true = torch.linalg.vector_norm(left[0].double().T @ right[0].double())
-    found = piece.squared_norms().double().sqrt()
+    found = sampler.squared_norms().double().sqrt()
     reach = 1e-6 * torch.linalg.vector_norm(left, dim=2).mul(torch.linalg.vector_norm(right, dim=2)).sum()
     assert float(true) <= float(found) * (1 + SLACK) + (float(reach) if case == "all cancels" else 0)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.example_dp.tables.phantom import TrainedTables
 from fedlm.losses.full_softmax import full_softmax_loss
 from fedlm.losses.nce import nce_loss
@@ -85,16 +85,18 @@ def problem(seed: int, *, tied: bool = True, bias: bool = True, trained: frozens
     )  # fmt: skip
 
 
-def phantom(p: Problem, kind: str, chunk: int = 4, upstream: Tensor | None = None) -> tuple[Tensor, Tensor, Tape]:
-    """Return the losses and squared norms of a pass, and its tape."""
-    tape, tables = Tape(len(p.inputs)), p.trained_tables()
-    hidden = p.body(tables.look_up(tape, p.inputs, p.input_mask))
+def phantom(
+    p: Problem, kind: str, chunk: int = 4, upstream: Tensor | None = None
+) -> tuple[Tensor, Tensor, PerExampleGradients]:
+    """Return the losses and squared norms of a pass, and its per-example gradients."""
+    per_example, tables = PerExampleGradients(len(p.inputs)), p.trained_tables()
+    hidden = p.body(tables.look_up(per_example, p.inputs, p.input_mask))
     if kind == "full_softmax":
-        losses = tables.full_softmax(tape, hidden, p.targets, p.target_mask, chunk)
+        losses = tables.full_softmax(per_example, hidden, p.targets, p.target_mask, chunk)
     else:
-        losses = tables.sampled(tape, hidden, p.targets, p.target_mask, p.negatives, p.log_expected, kind)
+        losses = tables.sampled(per_example, hidden, p.targets, p.target_mask, p.negatives, p.log_expected, kind)
     losses.backward(torch.ones_like(losses) if upstream is None else upstream)
-    return losses.detach(), sum((c.squared_norms() for c in tape.contributions), torch.zeros(())), tape
+    return losses.detach(), sum((c.squared_norms() for c in per_example.contributions), torch.zeros(())), per_example
 
 
 def example_loss(p: Problem, kind: str, i: int, tables: dict[str, Tensor]) -> Tensor:
@@ -132,13 +134,13 @@ def norms_of(gradients: list[dict[str, Tensor]]) -> Tensor:
 
 
 def check(p: Problem, kind: str, chunk: int = 4) -> None:
-    losses, squares, tape = phantom(p, kind, chunk)
+    losses, squares, per_example = phantom(p, kind, chunk)
     wanted_losses, gradients = brute_force(p, kind)
     wanted = norms_of(gradients)
     torch.testing.assert_close(losses, wanted_losses, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(squares.sqrt(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
     factors = torch.linspace(0.0, 1.0, len(losses), dtype=torch.float64) if len(losses) > 1 else torch.tensor([0.3])
-    sums = tape.contributions[0].weighted_sums(factors)
+    sums = per_example.contributions[0].weighted_sums(factors)
     assert sums.keys() == p.trained
     for name, found in sums.items():
         total = sum(float(f) * each[name] for f, each in zip(factors, gradients, strict=True))
@@ -215,13 +217,13 @@ def test_float32_norms_hold_for_confident_predictions(width: int, logit: float) 
     hidden = logit * table[targets] + 0.1 * torch.randn(2, 160, width, generator=gen)
     norms = []
     for dtype in (torch.float32, torch.float64):
-        tape, mask = Tape(2), torch.ones(2, 160, dtype=torch.bool)
+        per_example, mask = PerExampleGradients(2), torch.ones(2, 160, dtype=torch.bool)
         tables = TrainedTables(
             input_table=table.to(dtype), output_table=None, output_bias=None, trained=frozenset({"input_table"})
         )
-        rows = tables.look_up(tape, targets.roll(1, 1), mask)
-        tables.full_softmax(tape, hidden.to(dtype) + 0.01 * rows, targets, mask, 64).sum().backward()
-        norms.append(tape.contributions[0].squared_norms().sqrt())
+        rows = tables.look_up(per_example, targets.roll(1, 1), mask)
+        tables.full_softmax(per_example, hidden.to(dtype) + 0.01 * rows, targets, mask, 64).sum().backward()
+        norms.append(per_example.contributions[0].squared_norms().sqrt())
     # Longer by what rounding can add to the sums, never shorter.
     torch.testing.assert_close(norms[0].double(), norms[1], rtol=1e-4, atol=1e-4)
     assert bool((norms[0].double() >= norms[1] * (1 - 1e-4) - 1e-6).all())
@@ -231,10 +233,10 @@ def test_float32_norms_hold_for_confident_predictions(width: int, logit: float) 
 def test_scaled_losses_scale_the_gradients(kind: str) -> None:
     p = problem(7)
     upstream = torch.linspace(0.5, 2.0, len(p.inputs), dtype=torch.float64)
-    _, squares, tape = phantom(p, kind, upstream=upstream)
+    _, squares, per_example = phantom(p, kind, upstream=upstream)
     _, gradients = brute_force(p, kind)
     torch.testing.assert_close(squares.sqrt(), norms_of(gradients) * upstream, rtol=TOLERANCE, atol=TOLERANCE)
-    sums = tape.contributions[0].weighted_sums(torch.ones_like(upstream))
+    sums = per_example.contributions[0].weighted_sums(torch.ones_like(upstream))
     for name, found in sums.items():
         total = sum(float(s) * each[name] for s, each in zip(upstream, gradients, strict=True))
         torch.testing.assert_close(found, total, rtol=1e-11, atol=TOLERANCE)
@@ -256,12 +258,12 @@ def test_an_example_that_is_not_finite_spoils_no_other(kind: str) -> None:
 
     p.body = body  # type: ignore[method-assign]
     p.target_mask[bad, 0] = True
-    _, squares, tape = phantom(p, kind)
+    _, squares, per_example = phantom(p, kind)
     assert not squares[bad].isfinite()
     torch.testing.assert_close(squares[:bad].sqrt(), wanted[:bad], rtol=TOLERANCE, atol=TOLERANCE)
     factors = torch.ones(len(p.inputs), dtype=torch.float64)
     factors[bad] = 0
-    for name, found in tape.contributions[0].weighted_sums(factors).items():
+    for name, found in per_example.contributions[0].weighted_sums(factors).items():
         total = sum((each[name] for each in gradients[:bad]), torch.zeros(()))
         torch.testing.assert_close(found, total, rtol=1e-11, atol=1e-11)
 
@@ -269,8 +271,8 @@ def test_an_example_that_is_not_finite_spoils_no_other(kind: str) -> None:
 def test_frozen_tables_leave_no_contribution_but_the_gradient_of_the_body() -> None:
     p = problem(4, trained=frozenset())
     p.mix.requires_grad_()
-    _, _, tape = phantom(p, "full_softmax")
-    assert not tape.contributions
+    _, _, per_example = phantom(p, "full_softmax")
+    assert not per_example.contributions
     found, p.mix.grad = p.mix.grad, None
     sum(example_loss(p, "full_softmax", i, p.tables) for i in range(len(p.inputs))).backward()  # type: ignore[union-attr]
     torch.testing.assert_close(found, p.mix.grad, rtol=1e-11, atol=1e-12)

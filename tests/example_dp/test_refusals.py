@@ -68,7 +68,7 @@ def plain(model: Any, batch: Inputs) -> Tensor:
 
 
 @pytest.mark.parametrize("module", [Scale(), GemmaRMSNorm(), DoubledLinear(6, 2), nn.Bilinear(6, 6, 2)])
-def test_a_module_without_a_tap(module: nn.Module) -> None:
+def test_a_module_without_a_layer_hook(module: nn.Module) -> None:
     model = nn.ModuleDict({"inner": module})
     with pytest.raises(ConfigError, match=rf"'inner.weight' is in 'inner', a {type(module).__name__}; .*freeze it"):
         PerExampleEngine(task_of(model, plain))

@@ -15,7 +15,7 @@ from fedlm.data.examples import TextRows
 from fedlm.errors import DataError
 from fedlm.example_dp.clip_rule import ClipRule
 from fedlm.example_dp.engine import PerExampleEngine
-from fedlm.example_dp.per_example_gradients import Tape
+from fedlm.example_dp.per_example_gradients import PerExampleGradients
 from fedlm.finetuning.classification import ClassificationTask, Texts, accuracy, check_labels, logits
 from fedlm.models.encoders import Encoder, load_encoder
 
@@ -86,8 +86,8 @@ def test_the_classifier_trains_always_and_the_words_on_demand(folder: Path) -> N
 
 def test_losses_are_of_each_text_alone(folder: Path) -> None:
     task, texts = make(folder, BIAS)
-    together = task.losses(texts.batch(np.arange(6)), Tape(6))
-    alone = [task.losses(texts.batch(np.array([i])), Tape(1)) for i in range(6)]
+    together = task.losses(texts.batch(np.arange(6)), PerExampleGradients(6))
+    alone = [task.losses(texts.batch(np.array([i])), PerExampleGradients(1)) for i in range(6)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=0)
 
 

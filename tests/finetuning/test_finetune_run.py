@@ -169,7 +169,7 @@ def test_an_interrupted_run_says_what_was_lost(tmp_path: Path, files: list[str])
 
 def test_a_prompt_is_read_but_not_predicted(tmp_path: Path, files: list[str]) -> None:
     """The loss counts the answer alone, and depends on the prompt."""
-    from fedlm.example_dp.per_example_gradients import Tape
+    from fedlm.example_dp.per_example_gradients import PerExampleGradients
 
     workload = LanguageWorkload(load_config(None, [*SMALL, *files]), lambda event: None)
     task, batch = workload.task(everything=True), workload.examples.batch(np.array([0]))
@@ -180,13 +180,13 @@ def test_a_prompt_is_read_but_not_predicted(tmp_path: Path, files: list[str]) ->
     with torch.no_grad():
         for parameter in task.trained.values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    assert task.losses(batch, Tape(1)) != task.losses(other, Tape(1))
+    assert task.losses(batch, PerExampleGradients(1)) != task.losses(other, PerExampleGradients(1))
     model = workload.model
     hidden = model.hidden(torch.from_numpy(batch.inputs))
     logits = (hidden @ model.output_table.T + model.output_bias)[0]
     counted = torch.from_numpy(batch.mask[0])
     wanted = torch.nn.functional.cross_entropy(logits[counted], torch.from_numpy(batch.targets[0])[counted])
-    torch.testing.assert_close(task.losses(batch, Tape(1))[0], wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.losses(batch, PerExampleGradients(1))[0], wanted, rtol=1e-5, atol=1e-6)
     assert perplexity(model, batch, 1) == pytest.approx(float(wanted.detach().exp()), rel=1e-5)
 
 

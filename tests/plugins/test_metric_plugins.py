@@ -11,8 +11,8 @@ from tiny_job import Job
 from fedlm.codec import decode, encode
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
-from fedlm.privacy.clipping.query_input import Facts, Observation
-from fedlm.privacy.clipping.side_queries import DPMetrics, Rider
+from fedlm.privacy.clipping.query_input import DeviceStats, QueryInput
+from fedlm.privacy.clipping.side_queries import DPMetrics, SideQuery
 
 RARE = '''
     """Perplexity of rare words alone."""
@@ -72,7 +72,7 @@ DISTINCT = '''
             return self.options.most
 
         def value(self, seen):
-            return len(np.unique(seen.facts.words))
+            return len(np.unique(seen.device_stats.words))
 '''
 RARE_KIND, LEAST = "evaluation.metrics=['rare_words:Rare', 'next_word_accuracy']", "evaluation.options.rare.least_id"
 DP_KIND, MOST = "privacy.metrics=['distinct_words:Distinct', 'num_tokens']", "privacy.metric_options.distinct.most"
@@ -123,16 +123,16 @@ def test_its_share_is_its_part_of_the_clip_norm(job: Job) -> None:
     """Twice the share is half the noise for the metric, and the update gets what is left."""
     job.write("distinct_words", DISTINCT)
     config = load_config(job.folder / "job.toml", [DP_KIND, f"{MOST}=10"]).privacy
-    rider = DPMetrics.of(config.metrics, config.metric_options)
-    assert rider.share == pytest.approx(math.sqrt(0.2**2 + 0.1**2 + 0.1**2))
-    seen = Observation(1.0, 1.0, np.ones(1), Facts(0.0, 500, np.arange(5)))
-    assert rider.answer(seen).tolist() == [2 * 5 / 10, 500 / 2000, 1.0]
-    assert rider.means(3 * rider.answer(seen)) == pytest.approx({"distinct": 5.0, "num_tokens": 500.0})
-    assert rider.wants_words
-    assert np.linalg.norm(rider.answer(Observation(1.0, 1.0, np.ones(1), Facts(0.0, 9999, np.arange(99))))) == (
-        pytest.approx(rider.bound)
-    )
-    assert decode(Rider, encode(rider, Rider), where="a query") == rider
+    side_query = DPMetrics.of(config.metrics, config.metric_options)
+    assert side_query.share == pytest.approx(math.sqrt(0.2**2 + 0.1**2 + 0.1**2))
+    seen = QueryInput(1.0, 1.0, np.ones(1), DeviceStats(0.0, 500, np.arange(5)))
+    assert side_query.answer(seen).tolist() == [2 * 5 / 10, 500 / 2000, 1.0]
+    assert side_query.means(3 * side_query.answer(seen)) == pytest.approx({"distinct": 5.0, "num_tokens": 500.0})
+    assert side_query.wants_words
+    assert np.linalg.norm(
+        side_query.answer(QueryInput(1.0, 1.0, np.ones(1), DeviceStats(0.0, 9999, np.arange(99))))
+    ) == (pytest.approx(side_query.bound))
+    assert decode(SideQuery, encode(side_query, SideQuery), where="a query") == side_query
 
 
 def test_the_options_of_a_dp_metric_are_checked(job: Job) -> None:

@@ -20,7 +20,7 @@ from scipy import stats
 
 from fedlm.config.schema import PrivacyConfig
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy import ClippedSum, Clipper, PrivacyPlan
+from fedlm.privacy import ClippedSum, ClipSpec, PrivacyPlan
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.guarantee import to_dict
 from fedlm.privacy.sampling.cohort_key import CohortKey
@@ -215,7 +215,7 @@ class TestRelease:
     def test_foreign_and_overfull_sums_are_refused(self) -> None:
         plan = make()
         with pytest.raises(DataError, match="made by this plan"):
-            plan.release(new_sum(Clipper(0.4), 4), 1)
+            plan.release(new_sum(ClipSpec(0.4), 4), 1)
         with pytest.raises(DataError, match="made by this plan"):
             plan.release(np.zeros(4, np.float32), 1)  # type: ignore[arg-type]
         sampled = plan.sample_cohort(1).size

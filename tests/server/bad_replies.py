@@ -134,15 +134,15 @@ def other_shape(rng: np.random.Generator, content: RecordDict) -> RecordDict:
 
 
 def other_length(rng: np.random.Generator, content: RecordDict) -> RecordDict:
-    """Send more than was asked for: a repeated device or piece, a longer sum."""
+    """Send more than was asked for: a repeated device or work item, a longer sum."""
     return with_array(rng, content, lambda a: np.concatenate([a, a[-1:], np.ones(1, a.dtype)]))
 
 
 def other_ids(rng: np.random.Generator, content: RecordDict) -> RecordDict:
-    """Name devices or pieces that were not asked for."""
+    """Name devices or work items that were not asked for."""
     name = one_of(rng, content.array_records)
     arrays = dict(content.array_records[name])
-    field = "devices" if "devices" in arrays else "pieces"
+    field = "devices" if "devices" in arrays else "work_items"
     wrong = one_of(rng, [-1, 10**6, 2**63 - 1, -(2**63)])
     arrays[field] = Array(np.full_like(arrays[field].numpy(), wrong))
     return rebuilt(content, name, ArrayRecord(arrays))

@@ -10,34 +10,34 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from clients.node_sum import KeptSum
+from clients.node_sum import NodeSum
 from fedlm.codec import to_text
 from fedlm.flower_records import from_records, to_records
 from fedlm.messages import FlushRequest, PartialSum, TrainReply, TrainRequest
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.randomness import seed_key, stream
 from server import nodes as nodes_module
 from server.transport import exchange as exchange_module
 from server.transport.dispatch import Dispatcher
-from server.transport.exchange import Order
+from server.transport.exchange import ExchangeSpec
 from simulations.grids.base import LocalGrid
 from simulations.grids.flower_private import APP_ERROR, WORKER_LOST, error_reply
 
 SIZE, CLIP_NORM, TIMEOUT_S = 5, 0.3, 10.0
 NOTHING = np.empty(0)
 WHOLE = "whole"  # names a record that only the whole state has
-ORDER = Order("train", "1", {}, lambda: {WHOLE: ConfigRecord()})
+EXCHANGE_SPEC = ExchangeSpec("train", "1", {}, lambda: {WHOLE: ConfigRecord()})
 
 
 def update_of(device: int) -> np.ndarray:
     return stream(seed_key(1), "update", device).standard_normal(SIZE).astype(np.float32)
 
 
-def requests_for(num_pieces: int) -> list[TrainRequest]:
-    """Pieces of one to three devices each."""
-    devices = [np.arange(3 * i, 3 * i + 1 + i % 3) for i in range(num_pieces)]
-    return [TrainRequest(d, np.array([len(d)]), to_text(Clipper(CLIP_NORM))) for d in devices]
+def requests_for(num_work_items: int) -> list[TrainRequest]:
+    """Work items of one to three devices each."""
+    devices = [np.arange(3 * i, 3 * i + 1 + i % 3) for i in range(num_work_items)]
+    return [TrainRequest(d, np.array([len(d)]), to_text(ClipSpec(CLIP_NORM))) for d in devices]
 
 
 class Clock:
@@ -58,7 +58,7 @@ class Node:
 
     def __init__(self) -> None:
         self.queue: deque[Message] = deque()
-        self.kept = KeptSum()
+        self.kept = NodeSum()
 
     def handle(self, message: Message, *, raises: bool = False, stale: bool = False) -> Message:
         """Do what `clients.app` does with updates that are ready made."""
@@ -70,7 +70,7 @@ class Node:
         reply = TrainReply(stale, request.devices, NOTHING, NOTHING, NOTHING.astype(np.int64), [], 0.0)
         records = to_records("reply", reply)
         if not stale:
-            with self.kept.piece(request, SIZE) as total:
+            with self.kept.work_item(request, SIZE) as total:
                 for device in request.devices.tolist():
                     total.add(update_of(device))
                 if raises:
@@ -114,7 +114,7 @@ class FaultyGrid(LocalGrid):
 
     def act(self, action: str, node: Node) -> None:
         if action in {"crash", "vanish", "forget"}:
-            node.kept = KeptSum()
+            node.kept = NodeSum()
         if action in {"crash", "vanish"}:
             while node.queue:
                 lost = node.queue.popleft()
@@ -135,25 +135,27 @@ class FaultyGrid(LocalGrid):
 
 
 class Result:
-    """Trains `num_pieces` pieces of some devices on a grid and keeps what came."""
+    """Trains `num_work_items` work items of some devices on a grid and keeps what came."""
 
-    def __init__(self, grid: LocalGrid, num_pieces: int) -> None:
-        requests = requests_for(num_pieces)
+    def __init__(self, grid: LocalGrid, num_work_items: int) -> None:
+        requests = requests_for(num_work_items)
         self.devices = [request.devices for request in requests]
-        self.total = new_sum(Clipper(CLIP_NORM), SIZE)
+        self.total = new_sum(ClipSpec(CLIP_NORM), SIZE)
         self.counted: list[int] = []
         self.losses: list[str] = []
         dispatcher = Dispatcher(grid, TIMEOUT_S, lambda node, reason: self.losses.append(reason))
-        self.replies = {index: reply.devices.tolist() for index, reply in dispatcher.train(ORDER, requests, self.take)}
+        self.replies = {
+            index: reply.devices.tolist() for index, reply in dispatcher.train(EXCHANGE_SPEC, requests, self.take)
+        }
 
     def take(self, partial: PartialSum) -> None:
         fields = {"clip_norm": CLIP_NORM, "num_devices": partial.num_devices}
         self.total.add_arrays(partial.total, fields)
-        self.counted += partial.pieces.tolist()
+        self.counted += partial.work_items.tolist()
 
     def assert_exact(self) -> None:
-        """Every piece once, and the bits of a plain loop over all devices."""
-        plain = new_sum(Clipper(CLIP_NORM), SIZE)
+        """Every work item once, and the bits of a plain loop over all devices."""
+        plain = new_sum(ClipSpec(CLIP_NORM), SIZE)
         for device in np.concatenate([np.empty(0, np.int64), *self.devices]).tolist():
             plain.add(update_of(device))
         assert sorted(self.counted) == list(range(len(self.devices)))

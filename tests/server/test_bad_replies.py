@@ -67,7 +67,7 @@ def test_malformed_replies_leave_the_sum_of_the_honest_nodes(monkeypatch: pytest
         count += sent
 
 
-def test_any_reply_counts_each_piece_once_and_stays_within_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_reply_counts_each_work_item_once_and_stays_within_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lies of the right form cannot be seen; they end nothing, and a device weighs no more than the clip norm."""
     monkeypatch.setattr(nodes_module, "MAX_REFUSED", 50)
     rng, count = np.random.default_rng(2), 0
@@ -119,7 +119,7 @@ def test_a_node_that_is_stale_for_ever_is_left_out(remembers: bool) -> None:
         Result(grid, 3)
 
 
-def test_a_flush_that_claims_to_be_stale_loses_no_piece() -> None:
+def test_a_flush_that_claims_to_be_stale_loses_no_work_item() -> None:
     class Stale(Node):
         def handle(self, message: Message, *, raises: bool = False, stale: bool = False) -> Message:
             reply = super().handle(message)

@@ -11,19 +11,19 @@ import pytest
 from fedlm.errors import OutputError
 from fedlm.trainable.spec import UpdateSpec
 from server.device_log import NAME, DeviceLog
-from server.participation import OUTCOMES, RoundTask, Turnout
+from server.participation import OUTCOMES, RoundParticipation, RoundTask
 
 SPEC = UpdateSpec.build([("w", "dense", (3,))])
 
 
-def turnout(t: int, *codes: int) -> Turnout:
+def participation(t: int, *codes: int) -> RoundParticipation:
     outcomes = np.array(codes, np.uint8)
     task = RoundTask(t, np.arange(len(codes)) + t, SPEC, np.full(len(codes), 7))
-    return Turnout(task, outcomes, np.arange(len(codes)) / 8)
+    return RoundParticipation(task, outcomes, np.arange(len(codes)) / 8)
 
 
 def test_a_line_says_what_became_of_a_device(tmp_path: Path) -> None:
-    DeviceLog(tmp_path, enabled=True).append(turnout(3, *range(len(OUTCOMES))))
+    DeviceLog(tmp_path, enabled=True).append(participation(3, *range(len(OUTCOMES))))
     with (tmp_path / NAME).open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["outcome"] for row in rows] == list(OUTCOMES)
@@ -33,10 +33,10 @@ def test_a_line_says_what_became_of_a_device(tmp_path: Path) -> None:
 
 def test_rewinding_a_file_cut_at_any_byte_keeps_the_released_rounds(tmp_path: Path) -> None:
     log, path = DeviceLog(tmp_path, enabled=True), tmp_path / NAME
-    log.append(turnout(1, 0, 1))
+    log.append(participation(1, 0, 1))
     released = path.read_bytes()
-    log.append(turnout(2))
-    log.append(turnout(12, 0, 4, 2))
+    log.append(participation(2))
+    log.append(participation(12, 0, 4, 2))
     whole = path.read_bytes()
     for end in range(len(released), len(whole) + 1):
         path.write_bytes(whole[:end])
@@ -49,20 +49,20 @@ def test_rewinding_a_file_cut_at_any_byte_keeps_the_released_rounds(tmp_path: Pa
 
 def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
     log, path = DeviceLog(tmp_path, enabled=True), tmp_path / NAME
-    log.append(turnout(1, 0))
+    log.append(participation(1, 0))
     whole = path.read_bytes()
     for end in range(whole.index(b"\n") + 1):
         path.write_bytes(whole[:end])
         log.rewind(0)
-        log.append(turnout(1, 0))
+        log.append(participation(1, 0))
         assert path.read_bytes() == whole
 
 
 def test_nothing_is_written_unless_asked_for_and_a_refusal_is_one_line(tmp_path: Path) -> None:
     quiet = DeviceLog(tmp_path, enabled=False)
-    quiet.append(turnout(1, 0))
+    quiet.append(participation(1, 0))
     quiet.rewind(0)
     assert not list(tmp_path.iterdir())
     (tmp_path / NAME).mkdir()
     with pytest.raises(OutputError, match=r"devices\.csv cannot be written"):
-        DeviceLog(tmp_path, enabled=True).append(turnout(1, 0))
+        DeviceLog(tmp_path, enabled=True).append(participation(1, 0))

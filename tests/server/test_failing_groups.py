@@ -1,4 +1,4 @@
-"""A group that fails costs its piece of work and nothing else: no bit of the run, no silence, no other way to train."""
+"""A group that fails costs its work item and nothing else: no bit of the run, no silence, no other way to train."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from clients.host import DeviceHost
-from clients.node_sum import KeptSum
+from clients.node_sum import NodeSum
 from fedlm.codec import to_text
 from fedlm.config.schema import Config
 from fedlm.errors import WorkerError
 from fedlm.experiment import Experiment
 from fedlm.messages import EMPTY_IDS, EMPTY_VECTOR, Broadcast, TrainReply, TrainRequest
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.randomness import round_key
 from fedlm.training.grouped.trainer import GroupResult, GroupTrainer
 from server.app import ensure_base
@@ -87,8 +87,8 @@ def test_without_diagnostics_a_failing_group_tells_its_kind_alone(
 def train_on(host: DeviceHost, devices: np.ndarray) -> tuple[TrainReply, np.ndarray]:
     """One group on one host: its reply and the exact sum."""
     nothing = Broadcast("run", 0, 0, [], EMPTY_IDS, EMPTY_VECTOR, [], [], np.arange(300), round_key(1, 1), 0.0)
-    request = TrainRequest(devices, np.array([len(devices)]), to_text(Clipper(0.3)), sum_name="a")
-    kept = KeptSum()
+    request = TrainRequest(devices, np.array([len(devices)]), to_text(ClipSpec(0.3)), sum_name="a")
+    kept = NodeSum()
     return host.train(nothing, request, kept), kept.flush("a").total
 
 

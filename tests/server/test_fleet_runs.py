@@ -25,7 +25,7 @@ from fedlm.errors import ConfigError, DataError
 from fedlm.experiment import Experiment
 from fedlm.privacy.plan import PrivacyPlan
 from server import app as server
-from server.participation import DROPPED_OUT, TRAINS, RoundTask, Turnout
+from server.participation import DROPPED_OUT, TRAINS, RoundParticipation, RoundTask
 from server.run_guarantee import run_guarantee
 from simulations.grids.inprocess import InProcessGrid
 from simulations.run import resume, simulate
@@ -48,21 +48,21 @@ class Some:
     def describe(self) -> dict[str, Any]:
         return {"profile": "test"}
 
-    def turnout(self, task: RoundTask) -> Turnout:
+    def participation(self, task: RoundTask) -> RoundParticipation:
         outcomes = np.where(self._stays(task.cohort), TRAINS, DROPPED_OUT).astype(np.uint8)
-        return Turnout(task, outcomes, np.zeros(len(task.cohort)))
+        return RoundParticipation(task, outcomes, np.zeros(len(task.cohort)))
 
 
 def run(config: Config, out: Path, fleet: Some | None) -> None:
     """Run the ServerApp as a program around it would."""
     run_config = {"config": config_to_toml(config), "out": str(out)}
-    server.surround(server.Surroundings(fleet=None if fleet is None else lambda experiment, trainable: fleet))
+    server.use_run_context(server.RunContext(fleet=None if fleet is None else lambda experiment, trainable: fleet))
     try:
         with InProcessGrid(client_app, num_nodes=1, run_config=run_config) as grid:
             context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
             server.app(grid, context)
     finally:
-        server.surround(server.Surroundings())
+        server.use_run_context(server.RunContext())
 
 
 def released(run: Path, t: int = 1) -> npt.NDArray[np.float64]:

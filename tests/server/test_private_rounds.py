@@ -36,7 +36,7 @@ VARIANTS = {
     "adaptive": ("privacy.allocation=adaptive",),
     "published": ("privacy.allocation=published",),
     "selection": SELECTION,
-    # Every rider and a moving clip norm; the encoded sum's size changes after the first two rounds.
+    # Every side query and a moving clip norm; the encoded sum's size changes after the first two rounds.
     "skellam": (
         "privacy.mechanism=skellam", "privacy.clip_quantile=0.6", 'privacy.metrics=["train_loss"]',
         "privacy.allocation=adaptive", "privacy.epsilon=4", *SELECTION,
@@ -116,7 +116,7 @@ def test_correlated_noise_goes_on_after_a_crash_between_key_and_release(
     found |= releases(tmp_path / "run")
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     matrix = _matrix(plan["mechanism"])
-    std = plan["noise_multiplier"] * plan["adaptation"]["clip_norm"] / plan["expected_cohort"]
+    std = plan["noise_multiplier"] * plan["adaptive_rule"]["clip_norm"] / plan["expected_cohort"]
     white = matrix @ np.stack([found[t] for t in range(1, 6)]).astype(np.float64) / std  # (T, P)
     for row in white:
         assert stats.kstest(row, "norm").pvalue > 1e-5

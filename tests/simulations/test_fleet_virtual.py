@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
 from fedlm.trainable.spec import UpdateSpec
-from server.participation import DROPPED_OUT, NO_MEMORY, TOO_LATE, TRAINS, UNAVAILABLE, RoundTask, Turnout
+from server.participation import DROPPED_OUT, NO_MEMORY, TOO_LATE, TRAINS, UNAVAILABLE, RoundParticipation, RoundTask
 from simulations.fleet.profile import load_profile, parse_profile
 from simulations.fleet.virtual import VirtualFleet
 
@@ -63,9 +63,11 @@ def fleet(opened: Experiment, *lines: str, cost: PerToken | None = None) -> Virt
     return VirtualFleet(opened, profile, cost or PerToken())
 
 
-def take(fleet: VirtualFleet, cohort: Sequence[int] | npt.NDArray[np.int64], t: int = 1, down: int = 10**6) -> Turnout:
+def take(
+    fleet: VirtualFleet, cohort: Sequence[int] | npt.NDArray[np.int64], t: int = 1, down: int = 10**6
+) -> RoundParticipation:
     ids = np.asarray(cohort, np.int64)
-    return fleet.turnout(RoundTask(t, ids, SPEC, np.full(len(ids), down)))
+    return fleet.participation(RoundTask(t, ids, SPEC, np.full(len(ids), down)))
 
 
 def test_memory_is_the_smaller_of_the_profile_s_and_the_cap(cache: Path) -> None:
@@ -80,45 +82,45 @@ def test_memory_is_the_smaller_of_the_profile_s_and_the_cap(cache: Path) -> None
 def test_the_deadline_cuts_exactly_the_late_ones(cache: Path) -> None:
     opened = experiment(cache, "fleet.deadline_s=20", num_tokens=[10, 170, 180, 181])
     devices = np.arange(100)
-    turnout = take(fleet(opened, "gflops,down_mbit,up_mbit", "10,8,8"), devices, down=10**6)
+    participation = take(fleet(opened, "gflops,down_mbit,up_mbit", "10,8,8"), devices, down=10**6)
     # A megabyte at 8 Mbit/s is a second each way; 10 tokens a second in between.
     expected = 2 + opened.store.num_tokens[opened.fleet[devices]] / 10
     late = expected > 20
     assert 0 < late.sum() < len(late)
-    assert (turnout.outcomes == np.where(late, TOO_LATE, TRAINS)).all()
-    assert np.allclose(turnout.seconds, np.minimum(expected, 20))
-    assert turnout.time is not None
-    assert turnout.time.round_s == 20
-    assert turnout.bytes_up.sum() == SPEC.num_bytes * (~late).sum()
-    assert turnout.bytes_down.sum() == 10**6 * 100
+    assert (participation.outcomes == np.where(late, TOO_LATE, TRAINS)).all()
+    assert np.allclose(participation.seconds, np.minimum(expected, 20))
+    assert participation.time is not None
+    assert participation.time.round_s == 20
+    assert participation.bytes_up.sum() == SPEC.num_bytes * (~late).sum()
+    assert participation.bytes_down.sum() == 10**6 * 100
 
 
 def test_a_round_without_loss_ends_with_its_slowest_device(cache: Path) -> None:
-    turnout = take(fleet(experiment(cache, num_tokens=[10, 40, 20]), "gflops", "10"), np.arange(50), t=4)
-    assert (turnout.outcomes == TRAINS).all()
-    assert turnout.time is not None
-    assert (turnout.time.start_s, turnout.time.round_s) == (3 * 600, 4)
+    participation = take(fleet(experiment(cache, num_tokens=[10, 40, 20]), "gflops", "10"), np.arange(50), t=4)
+    assert (participation.outcomes == TRAINS).all()
+    assert participation.time is not None
+    assert (participation.time.start_s, participation.time.round_s) == (3 * 600, 4)
 
 
 def test_without_limits_everybody_trains_in_no_time(cache: Path) -> None:
-    turnout = take(fleet(experiment(cache), "class", "any"), np.arange(60))
-    assert (turnout.outcomes == TRAINS).all()
-    assert (turnout.seconds == 0).all()
+    participation = take(fleet(experiment(cache), "class", "any"), np.arange(60))
+    assert (participation.outcomes == TRAINS).all()
+    assert (participation.seconds == 0).all()
 
 
 def test_an_empty_cohort_is_a_round_like_any_other(cache: Path) -> None:
-    turnout = take(fleet(experiment(cache)), [])
-    assert turnout.absent() == {}
-    assert turnout.complete({"failed": {}})["virtual"]["device_s_max"] is None
+    participation = take(fleet(experiment(cache)), [])
+    assert participation.absent() == {}
+    assert participation.complete({"failed": {}})["virtual"]["device_s_max"] is None
 
 
 def test_dropouts_have_their_rate_have_downloaded_and_send_nothing(cache: Path) -> None:
     opened = experiment(cache, "fleet.devices=1_000_000")
-    turnout = take(fleet(opened, "dropout", "0.3"), np.arange(1_000_000))
-    dropped = turnout.outcomes == DROPPED_OUT
+    participation = take(fleet(opened, "dropout", "0.3"), np.arange(1_000_000))
+    dropped = participation.outcomes == DROPPED_OUT
     assert abs(dropped.mean() - 0.3) < 5 * np.sqrt(0.21 / 1e6)
-    assert (turnout.bytes_down == 10**6).all()
-    assert (turnout.bytes_up[dropped] == 0).all()
+    assert (participation.bytes_down == 10**6).all()
+    assert (participation.bytes_up[dropped] == 0).all()
 
 
 def test_a_million_phones_are_available_as_their_curve_says_and_those_that_are_not_download_nothing(
@@ -128,12 +130,12 @@ def test_a_million_phones_are_available_as_their_curve_says_and_those_that_are_n
     phones = fleet(opened)
     curve = load_profile("phones").available[0].astype(float)
     for t in (1, 9, 14, 23):
-        turnout = take(phones, np.arange(1_000_000), t=t)
-        away = turnout.outcomes == UNAVAILABLE
+        participation = take(phones, np.arange(1_000_000), t=t)
+        away = participation.outcomes == UNAVAILABLE
         expected = np.mean([curve[(3 + t - 1 + offset) % 24] for offset in (-8, -7, -6, -5)])
         assert abs((1 - away.mean()) - expected) < 0.003
-        assert (turnout.bytes_down[away] == 0).all()
-        assert (turnout.seconds[away] == 0).all()
+        assert (participation.bytes_down[away] == 0).all()
+        assert (participation.seconds[away] == 0).all()
 
 
 def test_availability_lasts_for_the_hour_and_dropouts_are_new_in_every_round(cache: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_noise_shown_is_the_noise_released(tmp_path: Path, privacy: dict[str
     (run / "plan.json").write_text(plan.to_json())
     released, state = {}, plan.first_state(spec())
     for t in range(1, 7):
-        total = new_sum(plan.clipper(state, spec(), t), spec().size)
+        total = new_sum(plan.clip_spec(state, spec(), t), spec().size)
         released[t] = float(np.linalg.norm(plan.release(total, t).mean))  # nobody took part: nothing but noise
     scales = {"scales": list(state.allocation.scales)} if state.allocation else {}
     change_lines(run, clip_norm=0.5, devices=0, update_norm=lambda t: released[t], **scales)

@@ -10,7 +10,7 @@ from kit_plain import Plain, Separated
 from kit_registry import mutant
 
 from fedlm.randomness import seed_key, stream
-from fedlm.testkit import Claim
+from fedlm.testkit import ClaimedGuarantee
 
 
 @mutant("cohorts of fixed size, claimed as Poisson", "cohorts")
@@ -56,14 +56,14 @@ class _NoLedger(Separated):
 @mutant("a cap on the cohort that is not kept", "cohorts")
 class _NoCap(Plain):
     @property
-    def claim(self) -> Claim:
+    def claim(self) -> ClaimedGuarantee:
         return replace(super().claim, largest_cohort=12)
 
 
 @mutant("cyclic sampling with classes drawn for every round", "cohorts")
 class _LooseClasses(Plain):
     @property
-    def claim(self) -> Claim:
+    def claim(self) -> ClaimedGuarantee:
         return replace(super().claim, sampling_probability=0.4, separation=2)
 
     def sample_cohort(self, t: int) -> Any:

@@ -1,4 +1,4 @@
-"""Mistakes around a plan: its riders, row selection, published noise, keys and local noise."""
+"""Mistakes around a plan: its side queries, row selection, published noise, keys and local noise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from kit_registry import run_mutant
 
 from fedlm.config.schema import OptionValues, PrivacyConfig, RowsConfig
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import ClippedSum
-from fedlm.privacy.clipping.query_input import Facts
-from fedlm.privacy.clipping.side_queries import Rider
+from fedlm.privacy.clipping.query_input import DeviceStats
+from fedlm.privacy.clipping.side_queries import SideQuery
 from fedlm.privacy.mechanisms.gaussian import Gaussian
-from fedlm.testkit import Claim, StrategyRun
+from fedlm.testkit import ClaimedGuarantee, StrategyRun
 from fedlm.trainable.spec import RowIds, Vector
 
 SELECTION_ROUNDS = 2
@@ -24,9 +24,9 @@ BANDED = PrivacyConfig(mechanism="banded", options=OptionValues({"bands": 2}))
 
 
 class OwnAnswers(StrategyRun):
-    """Writes answers of its own in the place of the riders', past the clip of answers."""
+    """Writes answers of its own in the place of the side queries', past the clip of answers."""
 
-    def answer(self, rider: Rider, facts: Facts) -> Any:
+    def answer(self, side_query: SideQuery, device_stats: DeviceStats) -> Any:
         raise NotImplementedError
 
     def _add(self, total: ClippedSum, update: Vector) -> None:
@@ -35,29 +35,31 @@ class OwnAnswers(StrategyRun):
         if not np.isfinite(update).all():
             return
         total._live()[place:] = before
-        for rider in total.clipper.riders:
-            answer = self.answer(rider, self._facts(total.clipper, update)) * (rider.share / rider.bound * 2.0**40)
-            total._live()[place : place + rider.size] += np.clip(answer, -(2**50), 2**50).astype(np.int64)
-            place += rider.size
+        for side_query in total.clip_spec.side_queries:
+            answer = self.answer(side_query, self._device_stats(total.clip_spec, update)) * (
+                side_query.share / side_query.bound * 2.0**40
+            )
+            total._live()[place : place + side_query.size] += np.clip(answer, -(2**50), 2**50).astype(np.int64)
+            place += side_query.size
 
 
 @run_mutant("a DP metric without clip", "clip bound", PrivacyConfig(metrics=("train_loss",)))
 class _LooseMetric(OwnAnswers):
-    def answer(self, rider: Rider, facts: Facts) -> Any:
-        return np.array([np.nan_to_num(facts.loss) / 20, 1.0])
+    def answer(self, side_query: SideQuery, device_stats: DeviceStats) -> Any:
+        return np.array([np.nan_to_num(device_stats.loss) / 20, 1.0])
 
 
 @run_mutant("a word map that is not normalised", "clip bound", None, SELECTION)
 class _LooseWords(OwnAnswers):
-    def answer(self, rider: Rider, facts: Facts) -> Any:
-        return np.bincount(np.unique(facts.words), minlength=rider.size).astype(np.float64)
+    def answer(self, side_query: SideQuery, device_stats: DeviceStats) -> Any:
+        return np.bincount(np.unique(device_stats.words), minlength=side_query.size).astype(np.float64)
 
 
 @run_mutant("rows selected by raw words", "post-processing", None, SELECTION)
 class _RawSelection(StrategyRun):
-    def _facts(self, clipper: Clipper, update: Vector) -> Facts:
-        found = super()._facts(clipper, update)
-        self.raw_words = found.words if clipper.riders else self.raw_words
+    def _device_stats(self, clip_spec: ClipSpec, update: Vector) -> DeviceStats:
+        found = super()._device_stats(clip_spec, update)
+        self.raw_words = found.words if clip_spec.side_queries else self.raw_words
         return found
 
     def _row_ids(self, round_number: int) -> RowIds:
@@ -68,20 +70,20 @@ class _RawSelection(StrategyRun):
         return np.sort(np.append(np.unique(self.raw_words), rest)[: len(rows)])
 
 
-@run_mutant("answers of riders added after the noise", "dense support", PrivacyConfig(clip_quantile=0.5))
+@run_mutant("answers of side queries added after the noise", "dense support", PrivacyConfig(clip_quantile=0.5))
 class _LateAnswers(StrategyRun):
     def _release(self, total: Any, round_number: int, spec: Any) -> Any:
-        rider, answer = total.clipper.riders[0], total.to_arrays()[0][total.size :].astype(np.float64)
-        exact = {rider.name: answer * (rider.bound / rider.share / 2.0**40 / self._setting.cohort)}
+        side_query, answer = total.clip_spec.side_queries[0], total.to_arrays()[0][total.size :].astype(np.float64)
+        exact = {side_query.name: answer * (side_query.bound / side_query.share / 2.0**40 / self._setting.cohort)}
         return replace(super()._release(total, round_number, spec), answers=exact)
 
 
 @run_mutant("published allocation accounted at its nominal noise", "clip bound", PrivacyConfig(allocation="published"))
 class _Nominal(StrategyRun):
     @property
-    def claim(self) -> Claim:
-        nominal = self._plan.noise_multiplier / self._plan.adaptation.noise_floor
-        return Claim(nominal, self._plan.cohort, self._plan.sampling_probability)
+    def claim(self) -> ClaimedGuarantee:
+        nominal = self._plan.noise_multiplier / self._plan.adaptive_rule.noise_floor
+        return ClaimedGuarantee(nominal, self._plan.cohort, self._plan.sampling_probability)
 
 
 @run_mutant("correlated noise with the keys of rounds that were never released", "fresh noise", BANDED)
@@ -121,7 +123,9 @@ class _OneNoise(StrategyRun):
 @run_mutant("a plan whose noise stays at the first clip norm", "noise law", PrivacyConfig(clip_quantile=0.5))
 class _FirstNorm(StrategyRun):
     def _release(self, total: Any, round_number: int, spec: Any) -> Any:
-        growth, size = self._setting.clip_norm / total.clipper.clip_norm, total.size
-        clean = total.to_arrays()[0][:size] * (total.clipper.unit / total.clipper.update_share / self._setting.cohort)
+        growth, size = self._setting.clip_norm / total.clip_spec.clip_norm, total.size
+        clean = total.to_arrays()[0][:size] * (
+            total.clip_spec.unit / total.clip_spec.update_share / self._setting.cohort
+        )
         released = super()._release(total, round_number, spec)
         return replace(released, mean=(clean + growth * (released.mean - clean)).astype(np.float32))

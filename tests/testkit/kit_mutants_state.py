@@ -1,4 +1,4 @@
-"""Mistakes of what is kept or published beside the release, of riders and of correlated noise."""
+"""Mistakes of what is kept or published beside the release, of side queries and of correlated noise."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Forgets(Correlated):
         return other
 
 
-@mutant("a rider that takes twice its share", "clip bound")
+@mutant("a side query that takes twice its share", "clip bound")
 class _Greedy(Adaptive):
     def bits(self, updates: Updates) -> float:
         return 2 * super().bits(updates)

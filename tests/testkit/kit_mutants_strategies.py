@@ -15,8 +15,8 @@ from fedlm.testkit import StrategyRun, StrategySubject
 
 @run_mutant("a sum doubled behind the plan's back", "clip bound")
 class _Doubles(StrategyRun):
-    def _sum(self, clipper: Any, updates: Any) -> Any:
-        total = super()._sum(clipper, updates)
+    def _sum(self, clip_spec: Any, updates: Any) -> Any:
+        total = super()._sum(clip_spec, updates)
         vector = total._live()
         vector *= 2
         return total
@@ -37,8 +37,8 @@ _seen: list[float] = []
 class _Peeking(StrategyRun):
     """A run whose strategy gets hold of the raw sum."""
 
-    def _sum(self, clipper: Any, updates: Any) -> Any:
-        total = super()._sum(clipper, updates)
+    def _sum(self, clip_spec: Any, updates: Any) -> Any:
+        total = super()._sum(clip_spec, updates)
         _seen[:] = [float(np.sum(total._live().astype(np.float64))), float(total.num_devices)]
         return total
 
@@ -96,7 +96,7 @@ class _TwoReleases(StrategyRun):
     def _release(self, total: Any, round_number: int, spec: Any) -> Any:
         vector, _ = total.to_arrays()
         other = type(self)(*self._arguments)
-        again = new_sum(total.clipper, total.size)
+        again = new_sum(total.clip_spec, total.size)
         again._live()[:] = vector
         one, two = super()._release(total, round_number, spec), other._plan.release(again, round_number, spec)
         return replace(one, mean=(one.mean + two.mean) / 2)

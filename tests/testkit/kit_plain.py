@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlm.randomness import seed_key, stream
-from fedlm.testkit import Claim, Outcome, Setting
+from fedlm.testkit import ClaimedGuarantee, Outcome, Setting
 from fedlm.trainable.spec import Vector
 
 Floats = npt.NDArray[np.float64]
@@ -33,9 +33,9 @@ class Plain:
         """What a mutant needs more."""
 
     @property
-    def claim(self) -> Claim:
+    def claim(self) -> ClaimedGuarantee:
         s = self.setting
-        return Claim(s.noise_multiplier, s.cohort, s.cohort / s.fleet_size, self.matrix)
+        return ClaimedGuarantee(s.noise_multiplier, s.cohort, s.cohort / s.fleet_size, self.matrix)
 
     def sample_cohort(self, t: int) -> npt.NDArray[np.int64]:
         coins = stream(seed_key(self.setting.seed), "cohort", t).random(self.setting.fleet_size)  # (N,)
@@ -96,7 +96,7 @@ class Plain:
 
 
 class Adaptive(Plain):
-    """The clip norm follows the median of update norms, through a rider of half the clip norm's square."""
+    """The clip norm follows the median of update norms, through a side query of half the clip norm's square."""
 
     share = np.sqrt(0.5)
 
@@ -147,7 +147,7 @@ class Separated(Plain):
     """Devices come in turn, each in every (N / n)-th round."""
 
     @property
-    def claim(self) -> Claim:
+    def claim(self) -> ClaimedGuarantee:
         return replace(super().claim, sampling_probability=None, separation=self.turns)
 
     @property

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlm.errors import DataError
-from fedlm.privacy.clipping.clip_spec import Clipper
+from fedlm.privacy.clipping.clip_spec import ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.noise.fixed_point import FRACTION_BITS
 from fedlm.trainable.parts import Part, check_parts, dense
@@ -31,7 +31,7 @@ def parts_of_update(draw: st.DrawFn) -> list[Part]:
 
 @given(parts_of_update(), st.sampled_from([0.3, 1e6, math.inf]))
 def test_a_sum_of_parts_is_the_sum_of_the_whole_vector(parts: list[Part], clip_norm: float) -> None:
-    whole, sparse = (new_sum(Clipper(clip_norm), SIZE) for _ in range(2))
+    whole, sparse = (new_sum(ClipSpec(clip_norm), SIZE) for _ in range(2))
     for _ in range(2):
         one, other = whole.add(dense(parts, SIZE)), sparse.add_parts(parts)
         assert (one.clipped, one.finite) == (other.clipped, other.finite)
@@ -45,7 +45,7 @@ def test_a_sum_of_parts_is_the_sum_of_the_whole_vector(parts: list[Part], clip_n
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_part_that_is_not_finite_contributes_zero(value: float) -> None:
-    total = new_sum(Clipper(1.0), SIZE)
+    total = new_sum(ClipSpec(1.0), SIZE)
     bad = Part(20, np.array([value], np.float32))
     assert not total.add_parts([Part(0, np.ones(10, np.float32)), bad]).finite
     assert not total.to_arrays()[0].any()
@@ -73,7 +73,7 @@ ONE, TWO = np.ones(1, np.float32), np.ones((2, 3), np.float32)
 def test_what_would_count_twice_or_miss_the_vector_is_refused(parts: list[Part], message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_parts(parts, SIZE)
-    total = new_sum(Clipper(1.0), SIZE)
+    total = new_sum(ClipSpec(1.0), SIZE)
     with pytest.raises(DataError, match=message):
         total.add_parts(parts)
     assert total.num_devices == 0

@@ -1,4 +1,4 @@
-"""The self-test of product routes: its errors are those of the arithmetic, and it leaves torch as it was."""
+"""The self-test of product backends: its errors are those of the arithmetic, and it leaves torch as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedlm.training import matmul_backend
 
 @pytest.fixture(scope="module")
 def rates() -> dict[str, matmul_backend.Rate]:
-    return dict(zip(matmul_backend.ROUTES, matmul_backend.measure(shape=(256, 64, 128)), strict=True))
+    return dict(zip(matmul_backend.BACKENDS, matmul_backend.measure(shape=(256, 64, 128)), strict=True))
 
 
 def test_errors_are_those_of_the_arithmetic(rates: dict[str, matmul_backend.Rate]) -> None:

@@ -1,1 +1,2 @@
-"""Per-example gradients of the modules that own trained parameters: taps, and a piece for each kind of parameter."""
+"""Per-example gradients of the modules that own trained parameters: hooks, and a gradient sampler for each kind of
+parameter."""

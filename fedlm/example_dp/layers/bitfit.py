@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedlm.example_dp.layers.grad_sampler import VectorPiece
+from fedlm.example_dp.layers.grad_sampler import VectorGradSampler
 
 
-class BiasPiece(VectorPiece):
+class BiasGradSampler(VectorGradSampler):
     """A parameter that is added to every token's output: the bias of a linear module or of a norm."""
 
     def receive(self, x: Tensor | None, gradient: Tensor) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.layers.grad_sampler import LargePiece
+from fedlm.example_dp.layers.grad_sampler import LargeGradSampler
 from fedlm.example_dp.tables.row_pairs import RowPairs
 
 
-class RowsPiece(LargePiece):
+class RowsGradSampler(LargeGradSampler):
     """The weight of an `nn.Embedding` or of our `Positions`.
 
     Arguments:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlm.example_dp.layers.grad_sampler import VectorPiece
+from fedlm.example_dp.layers.grad_sampler import VectorGradSampler
 
 _PROBE_TOLERANCE = 1e-4  # relative; float32 rounding is a hundred times smaller
 
 
-class GainPiece(VectorPiece):
+class GainGradSampler(VectorGradSampler):
     """The weight of a `LayerNorm` or of an RMSNorm that `is_plain_rms_norm`.
 
     Arguments:

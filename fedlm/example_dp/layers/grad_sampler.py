@@ -1,4 +1,5 @@
-"""A piece takes in what the tap on a module hands it for one parameter; a contribution of the tape comes of it.
+"""A gradient sampler takes in what the hook on a module hands it for one parameter; a contribution of the per-example
+gradients comes of it.
 
 Legend: B examples, T tokens.
 """
@@ -12,23 +13,23 @@ from torch import Tensor, nn
 from fedlm.example_dp.per_example_gradients import Contribution
 
 
-class Piece(ABC):
+class GradSampler(ABC):
     """One parameter of one module, fed by the module's calls."""
 
     needs_input = False
-    """The tap must keep the module's input for the backward pass."""
+    """The hook must keep the module's input for the backward pass."""
 
     @abstractmethod
     def receive(self, x: Tensor | None, gradient: Tensor) -> None:
         """Take in one call of the module, in the backward pass; neither tensor may be written into.
 
         Arguments:
-            x: The input (B, ..., in), or None if `needs_input` is false of all the module's pieces.
+            x: The input (B, ..., in), or None if `needs_input` is false of all the module's gradient samplers.
             gradient: Of the output, (B, ..., out).
         """
 
 
-class VectorPiece(Piece):
+class VectorGradSampler(GradSampler):
     """A bias or a gain, whose gradient is small: it is added to the pass's `VectorGradients`.
 
     Arguments:
@@ -44,7 +45,7 @@ class VectorPiece(Piece):
         self._slot += gradients.reshape(B, -1, size).sum(1)  # (B, T, out) summed over T
 
 
-class LargePiece(Piece, Contribution):
+class LargeGradSampler(GradSampler, Contribution):
     """A matrix or a table of rows, which keeps what its gradients need in its own way: a contribution by itself.
 
     Arguments:

@@ -1,9 +1,10 @@
-"""Taps: in a pass every module that owns a trained parameter hands its input and its output's gradient to its pieces.
+"""Hooks: in a pass every module that owns a trained parameter hands its input and its output's gradient to its gradient
+samplers.
 
 The module's own forward runs unchanged, with all parameters frozen, so autograd computes no gradient of a parameter and
-stores no input for one. The tap is the identity on the output; its backward pass is where the pieces are fed.
-(A tensor hook on the output would cost less, but is lost when an activation changes the output of a linear module in
-place, because that output is a view.)
+stores no input for one. The hook is the identity on the output; its backward pass is where the gradient samplers are
+fed. (A tensor hook on the output would cost less, but is lost when an activation changes the output of a linear module
+in place, because that output is a view.)
 
 What is exact for which module: linear modules (`nn.Linear`, GPT-2's `Conv1D`), also called several times a pass, LoRA's
 factors among them; `nn.LayerNorm`; RMSNorms that only scale by their weight; `nn.Embedding`; our `Positions`.
@@ -23,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.layers.bitfit import BiasPiece
-from fedlm.example_dp.layers.embeddings import RowsPiece
-from fedlm.example_dp.layers.gains import GainPiece, is_plain_rms_norm
-from fedlm.example_dp.layers.grad_sampler import Piece
-from fedlm.example_dp.layers.matrix import MatrixPiece
+from fedlm.example_dp.layers.bitfit import BiasGradSampler
+from fedlm.example_dp.layers.embeddings import RowsGradSampler
+from fedlm.example_dp.layers.gains import GainGradSampler, is_plain_rms_norm
+from fedlm.example_dp.layers.grad_sampler import GradSampler
+from fedlm.example_dp.layers.matrix import MatrixGradSampler
 from fedlm.example_dp.layers.vectors import vector_slots
-from fedlm.example_dp.per_example_gradients import Contribution, Tape
+from fedlm.example_dp.per_example_gradients import Contribution, PerExampleGradients
 from fedlm.models.layers import Positions
 
 
@@ -59,26 +60,26 @@ class Watched:
         chosen = self.parameters if self.kind == "norm" else self.parameters.keys() & {"bias"}
         return {self.names[local]: self.parameters[local] for local in chosen}
 
-    def pieces(self, num_examples: int, slots: Mapping[str, Tensor]) -> list[Piece]:
-        """Return a new piece for each trained parameter; `slots` are the vectors', by name."""
-        return [self._piece(local, parameter, num_examples, slots) for local, parameter in self.parameters.items()]
+    def samplers(self, num_examples: int, slots: Mapping[str, Tensor]) -> list[GradSampler]:
+        """Return a new gradient sampler for each trained parameter; `slots` are the vectors', by name."""
+        return [self._sampler(local, parameter, num_examples, slots) for local, parameter in self.parameters.items()]
 
-    def _piece(self, local: str, parameter: nn.Parameter, B: int, slots: Mapping[str, Tensor]) -> Piece:
+    def _sampler(self, local: str, parameter: nn.Parameter, B: int, slots: Mapping[str, Tensor]) -> GradSampler:
         name = self.names[local]
         if local == "bias":
-            return BiasPiece(slots[name])
+            return BiasGradSampler(slots[name])
         if self.kind == "norm":
-            return GainPiece(slots[name], self.module)
+            return GainGradSampler(slots[name], self.module)
         if self.kind == "embedding":
             padding = self.module.padding_idx if isinstance(self.module, nn.Embedding) else None
-            return RowsPiece(name, parameter, B, padding=padding)
+            return RowsGradSampler(name, parameter, B, padding=padding)
         if self.kind == "positions":
-            return RowsPiece(name, parameter, B)
-        return MatrixPiece(name, parameter, B, is_transposed=self.kind == "conv1d")
+            return RowsGradSampler(name, parameter, B)
+        return MatrixGradSampler(name, parameter, B, is_transposed=self.kind == "conv1d")
 
 
 def module_kind(module: nn.Module) -> str | None:
-    """Return what kind of module it is to a tap: "linear", "conv1d", "norm", "embedding", "positions"; None: unknown.
+    """Return what kind of module it is to a hook: "linear", "conv1d", "norm", "embedding", "positions"; None: unknown.
 
     The exact types alone: a subclass may use its parameters in another way.
     """
@@ -92,49 +93,49 @@ def module_kind(module: nn.Module) -> str | None:
     return "norm" if is_plain_rms_norm(module) else None
 
 
-class Taps:
-    """What to tap of a model in each pass; the model keeps its modules and parameters from here on.
+class LayerHooks:
+    """What to hook of a model in each pass; the model keeps its modules and parameters from here on.
 
     Arguments:
         model: All its parameters are frozen during a pass: autograd would keep the inputs of a linear module whose
             weight it believes to train.
-        watched: The modules to tap; none is allowed.
+        watched: The modules to hook; none is allowed.
     """
 
     def __init__(self, model: nn.Module, watched: Sequence[Watched]) -> None:
         self._parameters, self._watched = list(model.parameters()), watched
 
     @contextmanager
-    def on(self, tape: Tape) -> Iterator[None]:
+    def on(self, per_example: PerExampleGradients) -> Iterator[None]:
         """Tap and freeze for one pass; both are undone at the end, after an error too."""
-        slots = vector_slots([item for one in self._watched for item in one.vectors().items()], tape)
+        slots = vector_slots([item for one in self._watched for item in one.vectors().items()], per_example)
         with ExitStack() as undo:
             for parameter in self._parameters:
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     undo.callback(parameter.requires_grad_)
             for one in self._watched:
-                pieces = one.pieces(tape.num_examples, slots)
-                for piece in pieces:
-                    if isinstance(piece, Contribution):
-                        tape.add(piece)
-                handle = one.module.register_forward_hook(_Hook(one, pieces, tape), with_kwargs=True)
+                samplers = one.samplers(per_example.num_examples, slots)
+                for sampler in samplers:
+                    if isinstance(sampler, Contribution):
+                        per_example.add(sampler)
+                handle = one.module.register_forward_hook(_Hook(one, samplers, per_example), with_kwargs=True)
                 undo.callback(handle.remove)
             yield
 
 
 class _Hook:
-    """Puts the tap behind each call of one module."""
+    """Puts the hook behind each call of one module."""
 
-    def __init__(self, watched: Watched, pieces: list[Piece], tape: Tape) -> None:
-        self._watched, self._pieces, self._tape = watched, pieces, tape
-        self._needs_input = any(piece.needs_input for piece in pieces)
+    def __init__(self, watched: Watched, samplers: list[GradSampler], per_example: PerExampleGradients) -> None:
+        self._watched, self._samplers, self._per_example_gradients = watched, samplers, per_example
+        self._needs_input = any(sampler.needs_input for sampler in samplers)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        B, kind = self._tape.num_examples, self._watched.kind
+        B, kind = self._per_example_gradients.num_examples, self._watched.kind
         if kind == "embedding":
             x, y = _per_example(x, y, B)
         elif kind == "positions":
@@ -145,8 +146,8 @@ class _Hook:
                 "examples: the first dimension must be the example; freeze its parameters or reshape in the model"
             )
         kept = x.detach() if self._needs_input else None
-        tapped_y: Tensor = _Tap.apply(y, kept, self._tape.trigger, self._pieces)  # type: ignore[no-untyped-call]
-        return tapped_y
+        hooked_y: Tensor = _FeedSamplers.apply(y, kept, self._per_example_gradients.trigger, self._samplers)  # type: ignore[no-untyped-call]
+        return hooked_y
 
 
 def _per_example(ids: Tensor, rows: Tensor, B: int) -> tuple[Tensor, Tensor]:
@@ -161,18 +162,18 @@ def _per_example(ids: Tensor, rows: Tensor, B: int) -> tuple[Tensor, Tensor]:
     return ids, rows
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; its backward pass feeds the pieces."""
+class _FeedSamplers(torch.autograd.Function):
+    """The identity; its backward pass feeds the gradient samplers."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor | None, trigger: Tensor, pieces: list[Piece]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor | None, trigger: Tensor, samplers: list[GradSampler]) -> Tensor:
         ctx.save_for_backward(x)  # autograd notices if somebody writes into it
-        ctx.pieces = pieces
+        ctx.samplers = samplers
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x,) = grad_outputs, ctx.saved_tensors
-        for piece in ctx.pieces:
-            piece.receive(x, gradient)
+        for sampler in ctx.samplers:
+            sampler.receive(x, gradient)
         return gradient, None, None, None

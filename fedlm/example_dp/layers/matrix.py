@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import SLACK, accepted
-from fedlm.example_dp.layers.grad_sampler import LargePiece
+from fedlm.example_dp.layers.grad_sampler import LargeGradSampler
 
 _ERROR_UNITS = 8.0  # measured: 3.5 at most, for tokens of very different lengths
 _LARGEST = 1e6
 """Beyond this, in float32, a Gram matrix can lose to underflow what the other side's size would make count."""
 
 
-class MatrixPiece(LargePiece):
+class MatrixGradSampler(LargeGradSampler):
     """The weight of a linear module.
 
     Arguments:

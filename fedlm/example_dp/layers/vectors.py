@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlm.example_dp.clip_rule import accepted
-from fedlm.example_dp.per_example_gradients import Contribution, Tape
+from fedlm.example_dp.per_example_gradients import Contribution, PerExampleGradients
 
 
 class VectorGradients(Contribution):
@@ -43,14 +43,15 @@ class VectorGradients(Contribution):
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
 
-def vector_slots(parameters: Iterable[tuple[str, nn.Parameter]], tape: Tape) -> dict[str, Tensor]:
-    """Put vectors on the tape, those of one type and device together; returns the slot of each by name."""
+def vector_slots(parameters: Iterable[tuple[str, nn.Parameter]], per_example: PerExampleGradients) -> dict[str, Tensor]:
+    """Put vectors on the per-example gradients, those of one type and device together; returns the slot of each by
+    name."""
     groups: dict[tuple[torch.dtype, torch.device], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters:
         groups.setdefault((parameter.dtype, parameter.device), {})[name] = parameter
     slots: dict[str, Tensor] = {}
     for group in groups.values():
-        gradients = VectorGradients(group, tape.num_examples)
-        tape.add(gradients)
+        gradients = VectorGradients(group, per_example.num_examples)
+        per_example.add(gradients)
         slots |= gradients.slots
     return slots

@@ -22,7 +22,7 @@ from fedlm.example_dp.tables.row_pairs import RowPairs
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredTokens:
+class MaskedTargets:
     """The tokens of a batch whose targets count, one example after the other.
 
     Arguments:
@@ -40,7 +40,7 @@ class ScoredTokens:
     bounds: list[int]
 
     @classmethod
-    def of(cls, targets: Tensor, mask: Tensor, dtype: torch.dtype) -> ScoredTokens:
+    def of(cls, targets: Tensor, mask: Tensor, dtype: torch.dtype) -> MaskedTargets:
         """Collect them; `targets` and `mask` are (B, T)."""
         positions = mask.flatten().nonzero().squeeze(1)  # (N,)
         examples = positions // mask.shape[1]  # (N,)
@@ -93,12 +93,13 @@ class OutputSide(ABC):
     _hidden: Tensor  # (N, D)
     _pull: Tensor  # (N,)
 
-    def __init__(self, tokens: ScoredTokens, table: Tensor, bias: Tensor | None, trained: TrainedRows | None) -> None:
+    def __init__(self, tokens: MaskedTargets, table: Tensor, bias: Tensor | None, trained: TrainedRows | None) -> None:
         self._tokens, self._table, self._bias, self._trained = tokens, table, bias, trained
         self._upstream = table.new_zeros(tokens.num_examples)  # (B,) what the backward pass brings to the losses
 
     def losses(self, hidden: Tensor, trigger: Tensor) -> Tensor:
-        """Return the mean loss of each example's tokens, (B,); `hidden` (B, T, D), `trigger` that of the tape."""
+        """Return the mean loss of each example's tokens, (B,); `hidden` (B, T, D), `trigger` that of the per-example
+        gradients."""
         selected = self._tokens.select(hidden)  # (N, D)
         losses: Tensor = _Losses.apply(selected, trigger if self._trained else None, self)  # type: ignore[no-untyped-call]
         return losses

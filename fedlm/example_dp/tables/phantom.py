@@ -37,8 +37,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fedlm.errors import ConfigError
-from fedlm.example_dp.per_example_gradients import Contribution, Tape
-from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
+from fedlm.example_dp.per_example_gradients import Contribution, PerExampleGradients
+from fedlm.example_dp.tables.output_side import MaskedTargets, OutputSide, TrainedRows
 from fedlm.example_dp.tables.row_pairs import RowPairs
 from fedlm.example_dp.tables.sampled_head import SampledHead
 from fedlm.example_dp.tables.streamed_softmax import StreamedSoftmax
@@ -48,7 +48,7 @@ from fedlm.models.table_names import INPUT_TABLE, OUTPUT_BIAS, OUTPUT_TABLE
 class TrainedTables:
     """The embedding tables of one model: which of them train, and what a pass needs of them.
 
-    On one tape, `look_up` may be called once and then one of the heads once.
+    On one `PerExampleGradients`, `look_up` may be called once and then one of the heads once.
 
     Arguments:
         input_table: (L, D).
@@ -93,11 +93,11 @@ class TrainedTables:
         """Return a table by its name."""
         return self._tables[name]
 
-    def look_up(self, tape: Tape, tokens: Tensor, mask: Tensor) -> Tensor:
+    def look_up(self, per_example: PerExampleGradients, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return the rows of input tokens, (B, T, D).
 
         Arguments:
-            tape: Of this pass.
+            per_example: Of this pass.
             tokens: (B, T) rows of the input table.
             mask: (B, T), False at padding, whose rows get no gradient.
         """
@@ -105,30 +105,32 @@ class TrainedTables:
         if INPUT_TABLE not in self.trained:
             return embedding(tokens, table)
         side = InputSide(tokens, mask & (tokens < self.num_moving))
-        contribution = self._contribution(tape)
+        contribution = self._contribution(per_example)
         assert contribution.inputs is None, "one look-up a pass"
         assert contribution.outputs is None, "the look-up comes before its head"
         contribution.inputs = side
-        rows: Tensor = _LookUp.apply(tape.trigger, tokens, table, side)  # type: ignore[no-untyped-call]
+        rows: Tensor = _LookUp.apply(per_example.trigger, tokens, table, side)  # type: ignore[no-untyped-call]
         return rows
 
-    def full_softmax(self, tape: Tape, hidden: Tensor, targets: Tensor, mask: Tensor, chunk: int) -> Tensor:
+    def full_softmax(
+        self, per_example: PerExampleGradients, hidden: Tensor, targets: Tensor, mask: Tensor, chunk: int
+    ) -> Tensor:
         """Return the mean cross-entropy over each example's own targets, (B,); 0 for an example without any.
 
         Arguments:
-            tape: Of this pass.
+            per_example: Of this pass.
             hidden: (B, T, D).
             targets: (B, T) rows of the output table.
             mask: (B, T), which targets count.
             chunk: W, rows at a time.
         """
-        tokens, trained = self._scored(tape, hidden, targets, mask)
+        tokens, trained = self._scored(per_example, hidden, targets, mask)
         side = StreamedSoftmax(tokens, self.output_table, self._tables.get(OUTPUT_BIAS), trained, chunk)
-        return self._losses(tape, side, hidden, trained)
+        return self._losses(per_example, side, hidden, trained)
 
     def sampled(
         self,
-        tape: Tape,
+        per_example: PerExampleGradients,
         hidden: Tensor,
         targets: Tensor,
         mask: Tensor,
@@ -139,7 +141,7 @@ class TrainedTables:
         """Return the mean sampled loss over each example's own targets, (B,); 0 for an example without any.
 
         Arguments:
-            tape: Of this pass.
+            per_example: Of this pass.
             hidden: (B, T, D).
             targets: (B, T) rows of the output table.
             mask: (B, T), which targets count.
@@ -151,7 +153,7 @@ class TrainedTables:
             The norms are those of gradients given the negatives. Drawn from the examples, or numbered by anything that
             depends on them, negatives would make one example's gradient depend on the others.
         """
-        tokens, trained = self._scored(tape, hidden, targets, mask)
+        tokens, trained = self._scored(per_example, hidden, targets, mask)
         side = SampledHead(
             tokens,
             self.output_table,
@@ -161,18 +163,18 @@ class TrainedTables:
             log_expected=log_expected,
             kind=kind,
         )
-        return self._losses(tape, side, hidden, trained)
+        return self._losses(per_example, side, hidden, trained)
 
     def _scored(
-        self, tape: Tape, hidden: Tensor, targets: Tensor, mask: Tensor
-    ) -> tuple[ScoredTokens, TrainedRows | None]:
-        tokens = ScoredTokens.of(targets, mask, hidden.dtype)
+        self, per_example: PerExampleGradients, hidden: Tensor, targets: Tensor, mask: Tensor
+    ) -> tuple[MaskedTargets, TrainedRows | None]:
+        tokens = MaskedTargets.of(targets, mask, hidden.dtype)
         table, bias = self.output_name in self.trained, OUTPUT_BIAS in self.trained
         if not (table or bias):
             return tokens, None
         moving = tokens.targets < self.num_moving  # (N,)
         examples, ids = [tokens.examples[moving]], [tokens.targets[moving]]
-        inputs = self._contribution(tape).inputs
+        inputs = self._contribution(per_example).inputs
         if table and self.tied and inputs is not None:
             examples, ids = [*examples, inputs.examples], [*ids, inputs.ids]
         pairs = RowPairs(
@@ -180,20 +182,22 @@ class TrainedTables:
         )
         return tokens, TrainedRows(table, bias, self.num_moving, pairs)
 
-    def _losses(self, tape: Tape, side: OutputSide, hidden: Tensor, trained: TrainedRows | None) -> Tensor:
+    def _losses(
+        self, per_example: PerExampleGradients, side: OutputSide, hidden: Tensor, trained: TrainedRows | None
+    ) -> Tensor:
         if trained is not None:
-            contribution = self._contribution(tape)
+            contribution = self._contribution(per_example)
             assert contribution.outputs is None, "one head a pass"
             contribution.outputs, contribution.pairs = side, trained.pairs
-        return side.losses(hidden, tape.trigger)
+        return side.losses(hidden, per_example.trigger)
 
-    def _contribution(self, tape: Tape) -> TableGradients:
+    def _contribution(self, per_example: PerExampleGradients) -> TableGradients:
         """Return this pass's contribution: both sides of a table must meet in one."""
-        for known in tape.contributions:
+        for known in per_example.contributions:
             if isinstance(known, TableGradients) and known.tables is self:
                 return known
-        new = TableGradients(self, tape.num_examples)
-        tape.add(new)
+        new = TableGradients(self, per_example.num_examples)
+        per_example.add(new)
         return new
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, softplus
 
-from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
+from fedlm.example_dp.tables.output_side import MaskedTargets, OutputSide, TrainedRows
 
 
 class SampledHead(OutputSide):
@@ -29,7 +29,7 @@ class SampledHead(OutputSide):
 
     def __init__(
         self,
-        tokens: ScoredTokens,
+        tokens: MaskedTargets,
         table: Tensor,
         bias: Tensor | None,
         trained: TrainedRows | None,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from fedlm.example_dp.tables.output_side import OutputSide, ScoredTokens, TrainedRows
+from fedlm.example_dp.tables.output_side import MaskedTargets, OutputSide, TrainedRows
 
 _HEADROOM = 20.0
 """How far a score may lie above the one that exponentials are relative to: exp(2 * 20) is far from float32's end."""
@@ -34,7 +34,7 @@ class StreamedSoftmax(OutputSide):
     _scale: Tensor  # (N,) from exponentials relative to `reference` to probabilities
 
     def __init__(
-        self, tokens: ScoredTokens, table: Tensor, bias: Tensor | None, trained: TrainedRows | None, chunk: int
+        self, tokens: MaskedTargets, table: Tensor, bias: Tensor | None, trained: TrainedRows | None, chunk: int
     ) -> None:
         super().__init__(tokens, table, bias, trained)
         self._grams: list[Tensor] | None = None  # B times (n, n)

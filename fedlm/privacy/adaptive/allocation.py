@@ -12,7 +12,7 @@ sum_g m_g / s_g^2 (energy that meets the clip) gives
 
     s_g ~ (m_g / (w_g d_g))^(1/4),   sum_g m_g / s_g^2 = sum_g m_g
 
-m_g = E |Delta_(u,g)|^2 from the share-vector query (a paid rider), w_g from released aggregates with the noise's
+m_g = E |Delta_(u,g)|^2 from the share-vector query (a paid side query), w_g from released aggregates with the noise's
 variance subtracted (post-processing), d_g the coordinates of the group. Exact: the privacy. Ours: the damping, the
 bounds [1/30, 30], one group for each kind of block.
 """
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from fedlm.codec import coded
 from fedlm.errors import ConfigError
-from fedlm.privacy.clipping.block_scaling import Geometry
+from fedlm.privacy.clipping.block_scaling import BlockScaling
 from fedlm.ranges import require_count
 from fedlm.trainable.spec import UpdateSpec, Vector
 
@@ -132,7 +132,7 @@ def best_scales(moments: Floats, importance: Floats, sizes: Floats) -> Floats:
     return np.asarray(np.clip(scales, 1 / LARGEST_SCALE, LARGEST_SCALE))
 
 
-def per_group(spec: UpdateSpec, moments: Floats, importance: Floats) -> Geometry:
+def per_group(spec: UpdateSpec, moments: Floats, importance: Floats) -> BlockScaling:
     """Return per-group clipping: C_g ~ sqrt(m_g), the best sigma_g for them.
 
     sigma_g^2 = z^2 C_g / sqrt(w_g d_g) * sum_h C_h sqrt(w_h d_h), so that sum_g (C_g / sigma_g)^2 = 1 / z^2.
@@ -141,7 +141,7 @@ def per_group(spec: UpdateSpec, moments: Floats, importance: Floats) -> Geometry
     clips = np.sqrt(np.maximum(moments, _LEAST_MOMENT * moments.sum()) / moments.sum())  # (G,) C_g / C
     weights = np.sqrt(importance * sizes)
     scales = np.sqrt(clips / weights * (clips * weights).sum())  # (G,) sigma_g / (z C)
-    return Geometry(spans_of(spec), _tuple(scales), limits=_tuple(clips / scales * (1 - 1e-12)))
+    return BlockScaling(spans_of(spec), _tuple(scales), limits=_tuple(clips / scales * (1 - 1e-12)))
 
 
 def published_noise(importance: Floats, sizes: Floats, *, floor: float) -> Floats:

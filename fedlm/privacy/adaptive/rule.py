@@ -1,6 +1,6 @@
 """What a plan adapts from round to round: clip norm, noise allocation, selected rows. All from releases alone.
 
-`Adaptation` is the frozen rule, part of the plan; `PrivacyState` is what it knows after some rounds. A state is a
+`AdaptiveRule` is the frozen rule, part of the plan; `AdaptiveState` is what it knows after some rounds. A state is a
 function of the first state and of released vectors, so a resumed run recomputes it from its journal, and no device's
 data reaches it but through the noise.
 """
@@ -19,9 +19,9 @@ from fedlm.errors import ConfigError
 from fedlm.privacy.adaptive import allocation
 from fedlm.privacy.adaptive.allocation import AllocationState
 from fedlm.privacy.adaptive.clip_norm import bit_share, next_clip_norm
-from fedlm.privacy.clipping.block_scaling import Geometry
-from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.side_queries import ClipBit, DPMetrics, GroupShares, Rider, WordMap
+from fedlm.privacy.clipping.block_scaling import BlockScaling
+from fedlm.privacy.clipping.clip_spec import ClipSpec
+from fedlm.privacy.clipping.side_queries import ClipBit, DPMetrics, GroupShares, SideQuery, WordMap
 from fedlm.privacy.release import Release
 from fedlm.trainable.rows import sampler_of
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
@@ -31,7 +31,7 @@ Floats = npt.NDArray[np.float64]
 
 @coded
 @dataclass(frozen=True, eq=False)
-class PrivacyState:
+class AdaptiveState:
     """What is known after some releases: public.
 
     Arguments:
@@ -52,7 +52,7 @@ class PrivacyState:
 
 @coded
 @dataclass(frozen=True)
-class Adaptation:
+class AdaptiveRule:
     """The rule, from public numbers alone.
 
     Arguments:
@@ -103,7 +103,7 @@ class Adaptation:
         vocabulary_size: int = 0,
         moments: Mapping[str, float] | None = None,
         importance: Mapping[str, float] | None = None,
-    ) -> Adaptation:
+    ) -> AdaptiveRule:
         """Return the rule of an experiment.
 
         Arguments:
@@ -141,11 +141,11 @@ class Adaptation:
         """Whether clip norm, scales or row set change during a run, which correlated noise cannot follow."""
         return bool(self.clip_quantile or self.selection_rounds or self.allocation in ("adaptive", "published"))
 
-    def first_state(self, spec: UpdateSpec) -> PrivacyState:
+    def first_state(self, spec: UpdateSpec) -> AdaptiveState:
         """Return the state before round 1; `spec` is any round's."""
         scores = np.zeros(self.vocabulary_size) if self.selection_rounds else None
         if self.allocation == "isotropic":
-            return PrivacyState(self.clip_norm, word_scores=scores)
+            return AdaptiveState(self.clip_norm, word_scores=scores)
         sizes = allocation.group_sizes(spec)
         moments = [
             dict(self.moments).get(name, size) for name, size in zip(allocation.groups_of(spec), sizes, strict=True)
@@ -153,17 +153,17 @@ class Adaptation:
         scaled = self.allocation in ("public", "adaptive") and bool(self.moments)
         importance = self._public_importance(spec).tolist()
         start = AllocationState.start(moments, [int(size) for size in sizes], scaled=scaled, importance=importance)
-        return PrivacyState(self.clip_norm, start, scores)
+        return AdaptiveState(self.clip_norm, start, scores)
 
-    def clipper(self, state: PrivacyState, spec: UpdateSpec, round_number: int) -> Clipper:
+    def clip_spec(self, state: AdaptiveState, spec: UpdateSpec, round_number: int) -> ClipSpec:
         """Return what round `round_number` clips with."""
-        return Clipper(state.clip_norm, self._geometry(state, spec), self._riders(spec, round_number))
+        return ClipSpec(state.clip_norm, self._block_scaling(state, spec), self._side_queries(spec, round_number))
 
-    def next(self, state: PrivacyState, release: Release, *, clipper: Clipper, values: Vector) -> PrivacyState:
+    def next(self, state: AdaptiveState, release: Release, *, clip_spec: ClipSpec, values: Vector) -> AdaptiveState:
         """Return the state after a release.
 
         Arguments:
-            state, clipper: Of the released round.
+            state, clip_spec: Of the released round.
             release: What left.
             values: (P,) the model's values in the round, in the coordinates of the release.
         """
@@ -175,10 +175,10 @@ class Adaptation:
         if WordMap.name in answers and state.word_scores is not None:
             state = replace(state, word_scores=state.word_scores + answers[WordMap.name])
         if state.allocation and self.allocation in ("adaptive", "published"):
-            state = replace(state, allocation=self._allocate(state.allocation, release, clipper, values))
+            state = replace(state, allocation=self._allocate(state.allocation, release, clip_spec, values))
         return state
 
-    def selected_rows(self, state: PrivacyState, *, answer_std: float) -> RowIds:
+    def selected_rows(self, state: AdaptiveState, *, answer_std: float) -> RowIds:
         """Return the rows (S,) that the word maps chose: the highest scores above the threshold, at most `row_count`.
 
         Arguments:
@@ -195,10 +195,14 @@ class Adaptation:
 
     def metric_means(self, release: Release) -> dict[str, float]:
         """Return the released DP metrics by name; empty without any."""
-        riders = [rider for rider in self._metric_riders() if rider.name in release.answers]
-        return {key: value for rider in riders for key, value in rider.means(release.answers[rider.name]).items()}
+        side_queries = [side_query for side_query in self._metric_side_queries() if side_query.name in release.answers]
+        return {
+            key: value
+            for side_query in side_queries
+            for key, value in side_query.means(release.answers[side_query.name]).items()
+        }
 
-    def _geometry(self, state: PrivacyState, spec: UpdateSpec) -> Geometry | None:
+    def _block_scaling(self, state: AdaptiveState, spec: UpdateSpec) -> BlockScaling | None:
         allocated = state.allocation
         if allocated is None:
             return None
@@ -208,31 +212,33 @@ class Adaptation:
         if self.allocation == "published":
             sizes = allocation.group_sizes(spec)
             noise = allocation.published_noise(allocated.importance, sizes, floor=self.noise_floor)
-            return Geometry(spans, allocated.scales, noise=tuple(float(value) for value in noise))
-        return Geometry(spans, allocated.scales)
+            return BlockScaling(spans, allocated.scales, noise=tuple(float(value) for value in noise))
+        return BlockScaling(spans, allocated.scales)
 
     def _public_importance(self, spec: UpdateSpec) -> Floats:
         """Return w_g (G,) as public users have it; ones where nothing is known."""
         return np.array([dict(self.importance).get(name, 1.0) for name in allocation.groups_of(spec)])
 
-    def _riders(self, spec: UpdateSpec, round_number: int) -> tuple[Rider, ...]:
-        riders: list[Rider] = []
+    def _side_queries(self, spec: UpdateSpec, round_number: int) -> tuple[SideQuery, ...]:
+        side_queries: list[SideQuery] = []
         if self.clip_quantile:
-            riders.append(ClipBit(self.bit_share, self.clip_quantile))
+            side_queries.append(ClipBit(self.bit_share, self.clip_quantile))
         if self.allocation == "adaptive":
-            riders.append(GroupShares(allocation.SHARE, len(allocation.groups_of(spec))))
+            side_queries.append(GroupShares(allocation.SHARE, len(allocation.groups_of(spec))))
         if round_number <= self.selection_rounds:
-            riders.append(WordMap(self.selection_share, self.vocabulary_size))
-        return (*riders, *self._metric_riders())
+            side_queries.append(WordMap(self.selection_share, self.vocabulary_size))
+        return (*side_queries, *self._metric_side_queries())
 
-    def _metric_riders(self) -> tuple[DPMetrics, ...]:
+    def _metric_side_queries(self) -> tuple[DPMetrics, ...]:
         if not self.metrics:
             return ()
         return (DPMetrics.of(self.metrics, OptionValues(dict(self.metric_options))),)
 
-    def _allocate(self, state: AllocationState, release: Release, clipper: Clipper, values: Vector) -> AllocationState:
-        assert clipper.geometry is not None, "an allocation always has a geometry"
-        noise = np.asarray(clipper.geometry.scales) * np.asarray(clipper.geometry.noise or 1.0)
+    def _allocate(
+        self, state: AllocationState, release: Release, clip_spec: ClipSpec, values: Vector
+    ) -> AllocationState:
+        assert clip_spec.block_scaling is not None, "an allocation always has a block scaling"
+        noise = np.asarray(clip_spec.block_scaling.scales) * np.asarray(clip_spec.block_scaling.noise or 1.0)
         nothing = np.zeros(len(state.scales))
         return allocation.updated(
             state,

@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 
 @coded
 @dataclass(frozen=True)
-class Geometry:
+class BlockScaling:
     """Scales, bounds and noise of the groups of an update vector.
 
     Arguments:
@@ -45,8 +45,8 @@ class Geometry:
         noise: (G,) noise multipliers of the groups in units of the accounted one, at least 1; empty: all 1.
 
     Guarantee:
-        The geometry is applied to one device's update before it is clipped, and to the noised sum: it changes neither
-        the sensitivity in y nor, being at least one, the least noise.
+        The block scaling is applied to one device's update before it is clipped, and to the noised sum: it changes
+        neither the sensitivity in y nor, being at least one, the least noise.
     """
 
     spans: tuple[tuple[int, int, int], ...]

@@ -25,8 +25,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy.clipping.clip_spec import Clipper
-from fedlm.privacy.clipping.query_input import Facts, Observation
+from fedlm.privacy.clipping.clip_spec import ClipSpec
+from fedlm.privacy.clipping.query_input import DeviceStats, QueryInput
 from fedlm.privacy.clipping.side_queries import answer_units
 from fedlm.privacy.noise.fixed_point import CAPACITY_UNCLIPPED, UNITS, FloatVector, IntVector
 from fedlm.ranges import require_count
@@ -43,7 +43,7 @@ _BATCH = 64
 # number.
 _DOT = 8_192
 _TOKEN = object()
-_NO_FACTS = Facts()
+_NO_DEVICE_STATS = DeviceStats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,15 @@ class ClipRecord:
     finite: bool
 
 
-def new_sum(clipper: Clipper, size: int) -> ClippedSum:
-    """Return an empty sum of updates of `size` coordinates, clipped as `clipper` says."""
-    return ClippedSum(size, clipper, token=_TOKEN)
+def new_sum(clip_spec: ClipSpec, size: int) -> ClippedSum:
+    """Return an empty sum of updates of `size` coordinates, clipped as `clip_spec` says."""
+    return ClippedSum(size, clip_spec, token=_TOKEN)
 
 
 class ClippedSum:
     """The exact sum of clipped updates: the only thing that `PrivacyPlan.release` takes.
 
-    Made by `PrivacyPlan.new_sum` (or a node's `Clipper`), filled by `add`, which clips. A sum counts once:
+    Made by `PrivacyPlan.new_sum` (or a node's `ClipSpec`), filled by `add`, which clips. A sum counts once:
     `release` empties what it consumes, and an emptied sum refuses all further use.
 
     Guarantee:
@@ -83,16 +83,18 @@ class ClippedSum:
         A zero contribution is encoded too: its device still adds its noise.
     """
 
-    __slots__ = ("_clipper", "_fixed", "_num_devices", "_num_reclipped", "_size", "_subtotal", "_vector", "_wide")
+    __slots__ = ("_clip_spec", "_fixed", "_num_devices", "_num_reclipped", "_size", "_subtotal", "_vector", "_wide")
 
-    def __init__(self, size: int, clipper: Clipper, *, token: object = None) -> None:
-        """Only `Clipper` calls this."""
+    def __init__(self, size: int, clip_spec: ClipSpec, *, token: object = None) -> None:
+        """Only `ClipSpec` calls this."""
         if token is not _TOKEN:
             raise TypeError("ClippedSum cannot be built directly; use PrivacyPlan.new_sum(size)")
         self._size = require_count("size", size, low=1)
-        if clipper.geometry and clipper.geometry.size != size:
-            raise ConfigError(f"the geometry covers {clipper.geometry.size:,} coordinates, the update has {size:,}")
-        self._clipper = clipper
+        if clip_spec.block_scaling and clip_spec.block_scaling.size != size:
+            raise ConfigError(
+                f"the block scaling covers {clip_spec.block_scaling.size:,} coordinates, the update has {size:,}"
+            )
+        self._clip_spec = clip_spec
         self._num_devices = self._num_reclipped = 0
         self._vector: IntVector | None = np.zeros(self._width(), np.int64)  # (P + Q,), or (padded,) with an encoder
         chunk = min(len(self._vector), _CHUNK)
@@ -105,14 +107,14 @@ class ClippedSum:
         return self._size
 
     @property
-    def clipper(self) -> Clipper:
+    def clip_spec(self) -> ClipSpec:
         """What every device of this sum was clipped with."""
-        return self._clipper
+        return self._clip_spec
 
     @property
     def clip_norm(self) -> float:
         """C, or infinity without clipping."""
-        return self._clipper.clip_norm
+        return self._clip_spec.clip_norm
 
     @property
     def num_devices(self) -> int:
@@ -124,12 +126,12 @@ class ClippedSum:
         """Devices whose reply arrived longer than the clip norm, and was clipped here."""
         return self._num_reclipped
 
-    def add(self, update: FloatVector, facts: Facts = _NO_FACTS) -> ClipRecord:
+    def add(self, update: FloatVector, device_stats: DeviceStats = _NO_DEVICE_STATS) -> ClipRecord:
         """Clip one device's whole update and add it.
 
         Arguments:
             update: (P,) fp32, the device's update before any clipping.
-            facts: What riders ask for.
+            device_stats: What side queries ask for.
 
         Returns:
             The norm before the clip, whether it was clipped, whether it was finite.
@@ -140,7 +142,7 @@ class ClippedSum:
         """
         self._require_fp32(update, (self._size,))
         if self._asks_each:
-            return self.add_parts([Part(0, update)], facts)
+            return self.add_parts([Part(0, update)], device_stats)
         return self.add_many(update[np.newaxis])[0]
 
     def add_many(self, updates: FloatVector) -> list[ClipRecord]:
@@ -154,11 +156,13 @@ class ClippedSum:
 
         Raises:
             DataError: Wrong type, dtype or shape; nothing was added.
-            ConfigError: More devices than the sum can hold, or a round with riders or an encoder, which take each
+            ConfigError: More devices than the sum can hold, or a round with side queries or an encoder, which take each
                 device by itself; nothing was added.
         """
         if self._asks_each:
-            raise ConfigError("add_many adds plain updates; with geometry, riders or encoder, call add for each device")
+            raise ConfigError(
+                "add_many adds plain updates; with block scaling, side queries or encoder, call add for each device"
+            )
         self._require_fp32(updates, (len(updates) if np.ndim(updates) else 0, self._size))
         self._live()
         self._reserve(len(updates))
@@ -167,12 +171,12 @@ class ClippedSum:
             records += self._add_batch(updates[start : start + _BATCH])
         return records
 
-    def add_parts(self, parts: Sequence[Part], facts: Facts = _NO_FACTS) -> ClipRecord:
+    def add_parts(self, parts: Sequence[Part], device_stats: DeviceStats = _NO_DEVICE_STATS) -> ClipRecord:
         """Clip one device's whole update, given as the parts in which it differs from zero, and add it.
 
         Arguments:
             parts: In the order of their offsets, without overlap.
-            facts: What riders ask for.
+            device_stats: What side queries ask for.
 
         Returns:
             What `add` returns; the norm may differ from that of the whole vector in the last bits of fp64.
@@ -185,20 +189,20 @@ class ClippedSum:
         check_parts(parts, self._size)
         self._reserve(1)
         group_squares = np.zeros(1)
-        if self._clipper.geometry:
-            parts, group_squares = self._clipper.geometry.scaled(parts, self.clip_norm)
+        if self._clip_spec.block_scaling:
+            parts, group_squares = self._clip_spec.block_scaling.scaled(parts, self.clip_norm)
         values = [part.values.reshape(-1) for part in parts]
         squares = [square for vector in values for square in self._squares(vector)]
         norm, limit = math.sqrt(math.fsum(squares)), self.clip_norm * (1 - _MARGIN)
         finite, clipped = all(self._fits(vector, norm) for vector in values), norm > limit
-        encoder = self._clipper.encoder
+        encoder = self._clip_spec.encoder
         fixed = np.zeros(encoder.size, np.int64) if encoder else total  # (P + Q,)
         self._num_devices += 1
         if finite:
-            factor = (limit / norm if clipped else 1.0) * self._clipper.update_share / self._clipper.unit
+            factor = (limit / norm if clipped else 1.0) * self._clip_spec.update_share / self._clip_spec.unit
             for part in parts:
                 part.add_to(fixed, (part.values.astype(np.float64) * factor).astype(np.int64))  # truncates toward zero
-            self._answer(fixed, Observation(norm, self.clip_norm, group_squares, facts))
+            self._answer(fixed, QueryInput(norm, self.clip_norm, group_squares, device_stats))
         if encoder:
             self._accept(encoder.encode(fixed, encoder.device_generator(fixed)).view(np.int64))
         return ClipRecord(norm=norm, clipped=finite and clipped, finite=finite)
@@ -229,8 +233,8 @@ class ClippedSum:
             raise DataError(f"a clipped sum has fields {sorted(fields)}, must have clip_norm and num_devices")
         if fields["clip_norm"] != self.clip_norm:
             raise DataError(f"sum was clipped to {fields['clip_norm']}, this plan clips to {self.clip_norm}")
-        if not 0 <= num_devices <= self._clipper.capacity:
-            raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {self._clipper.capacity:,}")
+        if not 0 <= num_devices <= self._clip_spec.capacity:
+            raise DataError(f"sum claims {num_devices:,} devices, allowed are 0 to {self._clip_spec.capacity:,}")
         self._reserve(num_devices)
         self._accept(self._within_bound(vector, num_devices))
         self._num_devices += num_devices
@@ -254,11 +258,11 @@ class ClippedSum:
     @property
     def _asks_each(self) -> bool:
         """Whether devices must be added one by one."""
-        return bool(self._clipper.geometry or self._clipper.riders or self._clipper.encoder)
+        return bool(self._clip_spec.block_scaling or self._clip_spec.side_queries or self._clip_spec.encoder)
 
     def _width(self) -> int:
         """Return the coordinates that travel."""
-        size, encoder = self._size + self._clipper.num_answers, self._clipper.encoder
+        size, encoder = self._size + self._clip_spec.num_answers, self._clip_spec.encoder
         if encoder and encoder.size != size:
             raise ConfigError(f"the encoder is for {encoder.size:,} coordinates, update and answers have {size:,}")
         return encoder.padded_size if encoder else size
@@ -267,8 +271,8 @@ class ClippedSum:
         """Add a checked vector, modulo 2^m with an encoder."""
         total = self._live()
         total += addend
-        if self._clipper.encoder:
-            total &= self._clipper.encoder.mask.astype(np.int64)
+        if self._clip_spec.encoder:
+            total &= self._clip_spec.encoder.mask.astype(np.int64)
 
     def _live(self) -> IntVector:
         if self._vector is None:
@@ -276,10 +280,10 @@ class ClippedSum:
         return self._vector
 
     def _reserve(self, num_more: int) -> None:
-        if self._num_devices + num_more > self._clipper.capacity:
+        if self._num_devices + num_more > self._clip_spec.capacity:
             raise ConfigError(
                 f"a sum of {self._num_devices + num_more:,} devices could overflow, "
-                f"allowed are {self._clipper.capacity:,}; use a smaller fleet.cohort"
+                f"allowed are {self._clip_spec.capacity:,}; use a smaller fleet.cohort"
             )
 
     def _require_fp32(self, array: FloatVector, shape: tuple[int, ...]) -> None:
@@ -288,13 +292,16 @@ class ClippedSum:
             wanted = f"({', '.join(map(str, shape))},)" if len(shape) == 1 else f"(devices, {self._size})"
             raise DataError(f"update is {found}, must be a plain float32 array of shape {wanted}")
 
-    def _answer(self, vector: IntVector, seen: Observation) -> None:
-        """Add one device's answers to the riders, each truncated toward zero within its share of the clip norm."""
+    def _answer(self, vector: IntVector, seen: QueryInput) -> None:
+        """Add one device's answers to the side queries, each truncated toward zero within its share of the clip
+        norm."""
         place = self._size
-        for rider in self._clipper.riders:
-            answer = answer_units(rider, seen, self.clip_norm)  # (size,)
-            vector[place : place + rider.size] += (answer * ((1 - _MARGIN) / self._clipper.unit)).astype(np.int64)
-            place += rider.size
+        for side_query in self._clip_spec.side_queries:
+            answer = answer_units(side_query, seen, self.clip_norm)  # (size,)
+            vector[place : place + side_query.size] += (answer * ((1 - _MARGIN) / self._clip_spec.unit)).astype(
+                np.int64
+            )
+            place += side_query.size
 
     def _squares(self, vector: FloatVector | IntVector) -> list[float]:
         """Return the sum of squares of each chunk, in fp64; not finite exactly where the chunk is not."""
@@ -317,7 +324,7 @@ class ClippedSum:
             finite, clipped = self._fits(update, norm), norm > limit
             records.append(ClipRecord(norm=norm, clipped=finite and clipped, finite=finite))
             if finite:
-                parts.append((update, (limit / norm if clipped else 1.0) / self._clipper.unit, squares))
+                parts.append((update, (limit / norm if clipped else 1.0) / self._clip_spec.unit, squares))
         self._accumulate(parts)
         self._num_devices += len(updates)
         return records
@@ -355,14 +362,14 @@ class ClippedSum:
 
     def _within_bound(self, vector: IntVector, num_devices: int) -> IntVector:
         """Return a sum that arrived if it is within its bound, and one device's vector clipped to it."""
-        if self._clipper.encoder:
-            self._clipper.encoder.check_sum(vector, num_devices)
+        if self._clip_spec.encoder:
+            self._clip_spec.encoder.check_sum(vector, num_devices)
             return vector
         if self.clip_norm == math.inf:
             size = max(int(vector.max()), -int(vector.min())) / UNITS
             allowed = num_devices * _UNCLIPPED_PEAK
         else:
-            size = math.sqrt(math.fsum(self._squares(vector))) * self._clipper.unit
+            size = math.sqrt(math.fsum(self._squares(vector))) * self._clip_spec.unit
             allowed = num_devices * self.clip_norm * (1 - _ARRIVAL_MARGIN)
         if size <= allowed:
             return vector

@@ -13,8 +13,8 @@ NO_WORDS: Words = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Facts:
-    """What a device knows of its own training beside the update: private, and only ever seen by riders.
+class DeviceStats:
+    """What a device knows of its own training beside the update: private, and only ever seen by side queries.
 
     Arguments:
         loss: Mean training loss.
@@ -28,17 +28,17 @@ class Facts:
 
 
 @dataclass(frozen=True, eq=False)
-class Observation:
-    """What a rider may look at.
+class QueryInput:
+    """What a side query may look at.
 
     Arguments:
         norm: |y|, the norm that the clip saw.
         clip_norm: C.
         group_squares: (G,) |y_g|^2 of each group.
-        facts: Of the device.
+        device_stats: Of the device.
     """
 
     norm: float
     clip_norm: float
     group_squares: Floats
-    facts: Facts
+    device_stats: DeviceStats

@@ -25,7 +25,7 @@ import numpy as np
 from fedlm.codec import coded, union
 from fedlm.config.keys import typed_options
 from fedlm.config.schema import OptionValue, OptionValues
-from fedlm.privacy.clipping.query_input import Floats, Observation
+from fedlm.privacy.clipping.query_input import Floats, QueryInput
 from fedlm.ranges import require_count, require_number
 from fedlm.registry import DP_METRICS
 
@@ -37,7 +37,7 @@ COUNT_SHARE = 0.1  # of the clip norm, for the count of devices: its noise multi
 
 @union()
 @dataclass(frozen=True)
-class Rider(ABC):
+class SideQuery(ABC):
     """One query.
 
     Arguments:
@@ -60,13 +60,13 @@ class Rider(ABC):
         """b_i, the L2 bound of a device's answer."""
 
     @abstractmethod
-    def answer(self, seen: Observation) -> Floats:
+    def answer(self, seen: QueryInput) -> Floats:
         """Return one device's answer (size,); the sum clips it to `bound` whatever it is."""
 
 
 @coded
 @dataclass(frozen=True)
-class ClipBit(Rider):
+class ClipBit(SideQuery):
     """Whether the update was below the clip norm, less the wanted quantile (Andrew et al. 2021, 1905.03871).
 
     The paper centres the bit at 1/2 and divides by the number of devices that came. Centred at the quantile itself, a
@@ -93,14 +93,14 @@ class ClipBit(Rider):
         """The larger of gamma and 1 - gamma."""
         return max(self.quantile, 1 - self.quantile)
 
-    def answer(self, seen: Observation) -> Floats:
+    def answer(self, seen: QueryInput) -> Floats:
         """Return 1 - gamma for an update within the clip norm, -gamma for a larger one."""
         return np.array([float(seen.norm <= seen.clip_norm) - self.quantile])
 
 
 @coded
 @dataclass(frozen=True)
-class GroupShares(Rider):
+class GroupShares(SideQuery):
     """f_g = |y_g|^2 / |y|^2, which sums to one, so its L2 norm is at most one.
 
     Arguments:
@@ -124,7 +124,7 @@ class GroupShares(Rider):
         """One."""
         return 1.0
 
-    def answer(self, seen: Observation) -> Floats:
+    def answer(self, seen: QueryInput) -> Floats:
         """Return the shares (G,); zeros for a zero update."""
         total = float(seen.group_squares.sum())
         return seen.group_squares / total if total > 0 else np.zeros(self.num_groups)
@@ -132,7 +132,7 @@ class GroupShares(Rider):
 
 @coded
 @dataclass(frozen=True)
-class WordMap(Rider):
+class WordMap(SideQuery):
     """Which words a device has, each with weight 1 / sqrt(number of them): the contribution map of DP row selection.
 
     Arguments:
@@ -157,9 +157,9 @@ class WordMap(Rider):
         """One."""
         return 1.0
 
-    def answer(self, seen: Observation) -> Floats:
+    def answer(self, seen: QueryInput) -> Floats:
         """Return the map (V,)."""
-        words = np.unique(seen.facts.words)
+        words = np.unique(seen.device_stats.words)
         words = words[(words >= 0) & (words < self.vocabulary_size)]
         found = np.zeros(self.vocabulary_size)
         found[words] = 1 / math.sqrt(max(len(words), 1))
@@ -168,7 +168,7 @@ class WordMap(Rider):
 
 @coded
 @dataclass(frozen=True)
-class DPMetrics(Rider):
+class DPMetrics(SideQuery):
     """Metrics that leave a device, each clipped to [0, bound], and a one to count devices by.
 
     A metric of share s counts s / 0.1 times as much as the count of devices, so its noise is that much less.
@@ -184,7 +184,7 @@ class DPMetrics(Rider):
 
     @staticmethod
     def of(names: tuple[str, ...], options: OptionValues) -> DPMetrics:
-        """Return the rider of some metrics, with the share of the clip norm that they ask for."""
+        """Return the side query of some metrics, with the share of the clip norm that they ask for."""
         made = DPMetrics(0.0, names, tuple(options.items()))
         return replace(made, share=COUNT_SHARE * made.bound)
 
@@ -216,7 +216,7 @@ class DPMetrics(Rider):
     def _weights(self) -> list[float]:
         return [metric.share / COUNT_SHARE for metric in self.metrics]
 
-    def answer(self, seen: Observation) -> Floats:
+    def answer(self, seen: QueryInput) -> Floats:
         """Return each metric as a part of its bound times its weight, then 1."""
         values = [metric.value(seen) / metric.bound for metric in self.metrics]
         return np.append(np.clip(np.nan_to_num(values, nan=1.0), 0, 1) * self._weights, 1.0)
@@ -233,18 +233,18 @@ class DPMetrics(Rider):
         return {DP_METRICS.short_name(name): float(ratio * metric.bound) for name, metric, ratio in found}
 
 
-def answer_units(rider: Rider, seen: Observation, clip_norm: float) -> Floats:
+def answer_units(side_query: SideQuery, seen: QueryInput, clip_norm: float) -> Floats:
     """Return a device's answer (size,) in units of the summed vector: L2 norm at most share * clip_norm.
 
     Edge cases: an answer that is not finite counts as zero; one beyond its bound is scaled back to it.
     """
-    answer = rider.answer(seen)
+    answer = side_query.answer(seen)
     norm = float(np.linalg.norm(answer))
     if not math.isfinite(norm):
-        return np.zeros(rider.size)
-    return answer * (rider.share * clip_norm / max(norm, rider.bound))
+        return np.zeros(side_query.size)
+    return answer * (side_query.share * clip_norm / max(norm, side_query.bound))
 
 
-def update_share(riders: tuple[Rider, ...]) -> float:
-    """Return a_0, what the riders leave to the update."""
-    return math.sqrt(1 - math.fsum(rider.share**2 for rider in riders))
+def update_share(side_queries: tuple[SideQuery, ...]) -> float:
+    """Return a_0, what the side queries leave to the update."""
+    return math.sqrt(1 - math.fsum(side_query.share**2 for side_query in side_queries))

@@ -36,7 +36,7 @@ class DistributedSkellam(Mechanism):
 
     Arguments:
         participation: Sampler "poisson", "fixed" or "separated".
-        size: The most coordinates of any round, answers to riders included: longer vectors round to longer ones.
+        size: The most coordinates of any round, answers to side queries included: longer vectors round to longer ones.
         grid_bits: g, the clip norm is 2^g steps.
         min_survivors: Least devices whose sum the server gets to see, for its figure alone.
         max_devices: D, among which the noise is shared out; larger cohorts are cut.
@@ -208,7 +208,7 @@ class DistributedSkellam(Mechanism):
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError("Skellam noise is the devices' own; release a sum that was made with the plan's clipper")
+        raise ConfigError("Skellam noise is the devices' own; release a sum that was made with the plan's clip spec")
 
     def _epsilon(self, noise_multiplier: float, num_releases: int, times: int, delta: float) -> float:
         design = self.design(noise_multiplier, delta=delta)

@@ -87,7 +87,7 @@ class Skellam:
 
     Edge cases:
         * Fewer survivors than `max_devices`: `decode` adds the missing noise, so that the analyst's figure and the law
-          of the release do not depend on turnout.
+          of the release do not depend on who takes part.
         * Fewer survivors than `min_survivors`: released all the same, a round never fails for want of devices; but who
           saw their sum before `decode` saw less noise than `epsilon_server` counts on. Keeping that sum masked is the
           transport's part; `decode` then takes 0 devices and releases noise alone, and if that can hinge on one user,

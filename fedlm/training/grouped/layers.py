@@ -29,7 +29,7 @@ from fedlm.trainable.spec import Block, Vector
 _NO_GRADIENT = torch.zeros((), requires_grad=True)  # makes a leaf whose input has no gradient part of the graph
 
 
-class Group:
+class DeviceBatch:
     """What the devices of a group train outside the embedding, and the gradients of one step.
 
     Arguments:
@@ -46,27 +46,27 @@ class Group:
         self.dropouts: list[torch.Generator] = []
         self.sizes: list[tuple[int, int]] = []  # (sequences, tokens) of each active device's batch, without padding
         fixed = [block for block in trainable.spec.blocks if block.kind != "rows" and block.name in moving]
-        self._slots = {id(trainable.parameters[b.name]): _Slot(self, b, capacity) for b in fixed}
+        self._owned = {id(trainable.parameters[b.name]): BatchedParameter(self, b, capacity) for b in fixed}
 
-    def slot(self, parameter: Tensor | None) -> _Slot | None:
+    def own(self, parameter: Tensor | None) -> BatchedParameter | None:
         """Return the devices' values of a parameter of the model, or None if it does not train."""
-        return None if parameter is None else self._slots.get(id(parameter))
+        return None if parameter is None else self._owned.get(id(parameter))
 
     def load(self, blocks: Mapping[str, Vector]) -> None:
         """Give every device the current values."""
-        for slot in self._slots.values():
-            slot.load(blocks[slot.block.name])
+        for own in self._owned.values():
+            own.load(blocks[own.block.name])
 
     def changes(self, num_devices: int) -> Vector:
         """Return the fixed parts of the devices' updates (G, F): new minus old values."""
-        parts = [slot.change(num_devices) for slot in self._slots.values()]
+        parts = [own.change(num_devices) for own in self._owned.values()]
         return torch.cat(parts, 1).numpy() if parts else np.empty((num_devices, 0), np.float32)
 
     def start_step(self, num_active: int, sizes: list[tuple[int, int]]) -> None:
         """Begin a step of the first `num_active` devices."""
         self.num_active, self.sizes = num_active, sizes
-        for slot in self._slots.values():
-            slot.is_fresh = True
+        for own in self._owned.values():
+            own.is_fresh = True
 
     @torch.no_grad()
     def descend(self, learning_rate: float, idle: Tensor) -> None:
@@ -76,17 +76,17 @@ class Group:
             learning_rate: Of all tensors.
             idle: Places of the devices that take no step.
         """
-        for slot in self._slots.values():
-            if not slot.is_fresh:
+        for own in self._owned.values():
+            if not own.is_fresh:
                 if len(idle):
-                    slot.gradient[idle] = 0
-                slot.value.sub_(slot.gradient, alpha=learning_rate)
+                    own.gradient[idle] = 0
+                own.value.sub_(own.gradient, alpha=learning_rate)
 
 
-class _Slot:
+class BatchedParameter:
     """One trained tensor of every device in a group."""
 
-    def __init__(self, group: Group, block: Block, capacity: int) -> None:
+    def __init__(self, group: DeviceBatch, block: Block, capacity: int) -> None:
         self._group, self.block = group, block
         self._values = torch.empty(capacity, *block.shape)
         self._gradients = torch.empty(capacity, *block.shape)
@@ -132,7 +132,7 @@ def unknown_tensors(trainable: Trainable) -> list[str]:
     return [name for name, parameter in trainable.parameters.items() if id(parameter) not in known]
 
 
-def group_body(model: LanguageModel, group: Group) -> LanguageModel:
+def group_body(model: LanguageModel, group: DeviceBatch) -> LanguageModel:
     """Return the model with its leaves exchanged for those of a group; it shares all frozen weights and tables."""
 
     def exchange(module: nn.Module) -> nn.Module:
@@ -163,20 +163,20 @@ class GroupLinear(nn.Module):
         lora: peft's module around it, if any.
     """
 
-    def __init__(self, linear: nn.Linear, group: Group, lora: LoraLinear | None) -> None:
+    def __init__(self, linear: nn.Linear, group: DeviceBatch, lora: LoraLinear | None) -> None:
         super().__init__()
         self.group = group
         self.weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-        self.weight_slot, self.bias_slot = group.slot(linear.weight), group.slot(linear.bias)
-        is_rounded = group.is_rounded and self.weight_slot is None
+        self.own_weight, self.own_bias = group.own(linear.weight), group.own(linear.bias)
+        is_rounded = group.is_rounded and self.own_weight is None
         self.rounded = self.weight.bfloat16() if is_rounded else None  # (out, in)
-        self.a_slot = self.b_slot = self.a = self.b = None
+        self.own_a = self.own_b = self.a = self.b = None
         self.scale = 0.0
         if lora is not None:
             factor_a, factor_b = (_plain_linear(f["default"]).weight for f in (lora.lora_A, lora.lora_B))
             self.a, self.b, self.scale = factor_a.detach(), factor_b.detach(), float(lora.scaling["default"])
-            self.a_slot, self.b_slot = group.slot(factor_a), group.slot(factor_b)
-        self._is_plain = self.rounded is None and not any((self.weight_slot, self.bias_slot, lora))
+            self.own_a, self.own_b = group.own(factor_a), group.own(factor_b)
+        self._is_plain = self.rounded is None and not any((self.own_weight, self.own_bias, lora))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (G S, ..., in) to (G S, ..., out)."""
@@ -188,39 +188,39 @@ class GroupLinear(nn.Module):
     def factor_a(self) -> Tensor:
         """Return A of every active device, (G, R, in)."""
         assert self.a is not None
-        return self.a.expand(self.group.num_active, -1, -1) if self.a_slot is None else self.a_slot.value
+        return self.a.expand(self.group.num_active, -1, -1) if self.own_a is None else self.own_a.value
 
     def factor_b(self) -> Tensor:
         """Return B of every active device, (G, out, R)."""
         assert self.b is not None
-        return self.b.expand(self.group.num_active, -1, -1) if self.b_slot is None else self.b_slot.value
+        return self.b.expand(self.group.num_active, -1, -1) if self.own_b is None else self.own_b.value
 
     def product(self, x: Tensor) -> Tensor:
         """Return x W^T + b of each device: (G, N, in) to (G, N, out)."""
-        common_bias = self.bias if self.bias_slot is None else None
+        common_bias = self.bias if self.own_bias is None else None
         if self.rounded is not None:
             y = (x.flatten(0, 1).bfloat16() @ self.rounded.T).float().view(*x.shape[:2], -1)
             if common_bias is not None:
                 y += common_bias
-        elif self.weight_slot is None:
+        elif self.own_weight is None:
             y = F.linear(x.flatten(0, 1), self.weight, common_bias).view(*x.shape[:2], -1)
         else:
-            y = torch.bmm(x, self.weight_slot.value.transpose(1, 2))
+            y = torch.bmm(x, self.own_weight.value.transpose(1, 2))
             if common_bias is not None:
                 y += common_bias
-        return y if self.bias_slot is None else y.add_(self.bias_slot.value[:, None])
+        return y if self.own_bias is None else y.add_(self.own_bias.value[:, None])
 
     def product_gradient(self, grad: Tensor) -> Tensor:
         """Return grad W: (G, N, out) to (G, N, in)."""
-        if self.weight_slot is not None:
-            return torch.bmm(grad, self.weight_slot.value)
+        if self.own_weight is not None:
+            return torch.bmm(grad, self.own_weight.value)
         if self.rounded is not None:
             return (grad.flatten(0, 1).bfloat16() @ self.rounded).float().view(*grad.shape[:2], -1)
         return (grad.flatten(0, 1) @ self.weight).view(*grad.shape[:2], -1)
 
 
 class _Linear(torch.autograd.Function):
-    """All of a `GroupLinear` in one node of the graph; the backward pass leaves gradients in the slots."""
+    """All of a `GroupLinear` in one node of the graph; the backward pass leaves gradients in the batched parameters."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _: Tensor, layer: GroupLinear) -> Tensor:
@@ -240,16 +240,16 @@ class _Linear(torch.autograd.Function):
         layer: GroupLinear = ctx.layer
         grad = grad_outputs[0].reshape(*flat.shape[:2], -1)  # (G, N, out)
         g_x = layer.product_gradient(grad) if ctx.needs_input_grad[0] else None  # (G, N, in)
-        if layer.weight_slot is not None:
-            layer.weight_slot.add_product(grad.transpose(1, 2), flat)
-        if layer.bias_slot is not None:
-            layer.bias_slot.add(grad.sum(1))
+        if layer.own_weight is not None:
+            layer.own_weight.add_product(grad.transpose(1, 2), flat)
+        if layer.own_bias is not None:
+            layer.own_bias.add(grad.sum(1))
         if layer.b is not None:
             g_low = torch.bmm(grad, layer.factor_b())  # (G, N, R)
-            if layer.b_slot is not None:
-                layer.b_slot.add_product(grad.transpose(1, 2), low, layer.scale)
-            if layer.a_slot is not None:
-                layer.a_slot.add_product(g_low.transpose(1, 2), flat, layer.scale)
+            if layer.own_b is not None:
+                layer.own_b.add_product(grad.transpose(1, 2), low, layer.scale)
+            if layer.own_a is not None:
+                layer.own_a.add_product(g_low.transpose(1, 2), flat, layer.scale)
             if g_x is not None:
                 g_x.baddbmm_(g_low, layer.factor_a(), alpha=layer.scale)
         return None if g_x is None else g_x.view(ctx.shape), None, None
@@ -258,16 +258,16 @@ class _Linear(torch.autograd.Function):
 class GroupLayerNorm(nn.Module):
     """LayerNorm with a gain and a bias that are common or the device's own."""
 
-    def __init__(self, norm: nn.LayerNorm, group: Group) -> None:
+    def __init__(self, norm: nn.LayerNorm, group: DeviceBatch) -> None:
         super().__init__()
         self.group, self.shape, self.eps = group, norm.normalized_shape, norm.eps
         self.gain: Tensor | None = None if norm.weight is None else norm.weight.detach()
         self.bias: Tensor | None = None if norm.bias is None else norm.bias.detach()
-        self.gain_slot, self.bias_slot = group.slot(norm.weight), group.slot(norm.bias)
+        self.own_gain, self.own_bias = group.own(norm.weight), group.own(norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (G S, ..., D) to the same shape."""
-        if self.gain_slot is None and self.bias_slot is None:
+        if self.own_gain is None and self.own_bias is None:
             return F.layer_norm(x, self.shape, self.gain, self.bias, self.eps)
         y: Tensor = _LayerNorm.apply(x, _NO_GRADIENT, self)  # type: ignore[no-untyped-call]
         return y
@@ -275,34 +275,34 @@ class GroupLayerNorm(nn.Module):
     def gains(self) -> Tensor:
         """Return the gain, (D,) or (G, 1, D)."""
         assert self.gain is not None
-        return self.gain if self.gain_slot is None else self.gain_slot.value[:, None]
+        return self.gain if self.own_gain is None else self.own_gain.value[:, None]
 
     def biases(self) -> Tensor:
         """Return the bias, (D,) or (G, 1, D)."""
         if self.bias is None:
             return torch.zeros(())
-        return self.bias if self.bias_slot is None else self.bias_slot.value[:, None]
+        return self.bias if self.own_bias is None else self.own_bias.value[:, None]
 
 
 class GroupPositions(nn.Module):
     """Positions that are common or the device's own."""
 
-    def __init__(self, positions: Positions, group: Group) -> None:
+    def __init__(self, positions: Positions, group: DeviceBatch) -> None:
         super().__init__()
-        self._positions, self._group, self._slot = positions, group, group.slot(positions.weight)
+        self._positions, self._group, self._own = positions, group, group.own(positions.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the first T positions to (G S, T, D)."""
         common = self._positions.first(x.shape[1])
-        if self._slot is None:
+        if self._own is None:
             return x + common.detach()
-        return _AddPositions.apply(x, _NO_GRADIENT, self._slot, self._group)  # type: ignore[no-untyped-call,no-any-return]
+        return _AddPositions.apply(x, _NO_GRADIENT, self._own, self._group)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class GroupDropout(nn.Module):
     """Dropout in which every device draws the masks that it would draw alone."""
 
-    def __init__(self, dropout: Dropout, group: Group) -> None:
+    def __init__(self, dropout: Dropout, group: DeviceBatch) -> None:
         super().__init__()
         self._rate, self._group = dropout.rate, group
 
@@ -331,10 +331,10 @@ class _LayerNorm(torch.autograd.Function):
         x, normed, mean, inverse_std = ctx.saved_tensors
         norm: GroupLayerNorm = ctx.norm
         grad = _by_device(grad_outputs[0], norm.group)  # (G, N, D)
-        if norm.bias_slot is not None:
-            norm.bias_slot.add(grad.sum(1))
-        if norm.gain_slot is not None:
-            norm.gain_slot.add((grad * _by_device(normed, norm.group)).sum(1))
+        if norm.own_bias is not None:
+            norm.own_bias.add(grad.sum(1))
+        if norm.own_gain is not None:
+            norm.own_gain.add((grad * _by_device(normed, norm.group)).sum(1))
         if not ctx.needs_input_grad[0]:
             return None, None, None
         inner = (grad * norm.gains()).view(x.shape)
@@ -347,24 +347,24 @@ class _LayerNorm(torch.autograd.Function):
 
 class _AddPositions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor, slot: _Slot, group: Group) -> Tensor:
-        ctx.slot, ctx.group = slot, group
+    def forward(ctx: Any, x: Tensor, _: Tensor, own: BatchedParameter, group: DeviceBatch) -> Tensor:
+        ctx.own, ctx.group = own, group
         T, D = x.shape[1:]
-        return (x.view(group.num_active, -1, T, D) + slot.value[:, None, :T]).view(x.shape)
+        return (x.view(group.num_active, -1, T, D) + own.value[:, None, :T]).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        ctx.slot.add(grad.reshape(ctx.group.num_active, -1, *grad.shape[1:]).sum(1))  # (G, T, D)
+        ctx.own.add(grad.reshape(ctx.group.num_active, -1, *grad.shape[1:]).sum(1))  # (G, T, D)
         return grad, None, None, None
 
 
-def _by_device(x: Tensor, group: Group) -> Tensor:
+def _by_device(x: Tensor, group: DeviceBatch) -> Tensor:
     """Return (G S, ..., D) as (G, N, D)."""
     return x.reshape(group.num_active, -1, x.shape[-1])
 
 
-_LEAVES: dict[type[nn.Module], Callable[[Any, Group], nn.Module]] = {
+_LEAVES: dict[type[nn.Module], Callable[[Any, DeviceBatch], nn.Module]] = {
     LoraLinear: lambda module, group: GroupLinear(_plain_linear(module.base_layer), group, module),
     nn.Linear: lambda module, group: GroupLinear(module, group, None),
     nn.LayerNorm: GroupLayerNorm,

@@ -32,7 +32,7 @@ from fedlm.trainable.parts import Part
 from fedlm.trainable.spec import RowIds, UpdateSpec, Vector
 from fedlm.training.device_batches import DeviceWork, RoundWork
 from fedlm.training.grouped.embedding_rows import CommonRows, OwnRows
-from fedlm.training.grouped.layers import Group, group_body, unknown_tensors
+from fedlm.training.grouped.layers import DeviceBatch, group_body, unknown_tensors
 from fedlm.training.grouped.whole_table import WholeTable
 
 MOST_SCORES = 2**27  # (N, V) that a device with a whole table of its own may hold: 512 MiB
@@ -107,7 +107,7 @@ class GroupTrainer:
         if some_rest:
             self._trainable.load(self._round.blocks)
         if moving != self._moving or (some_rest and is_rounded):  # rounded copies of frozen weights may be old
-            self._group = Group(self._trainable, moving, self.largest_group, is_rounded=is_rounded)
+            self._group = DeviceBatch(self._trainable, moving, self.largest_group, is_rounded=is_rounded)
             self._body = group_body(self._trainable.model, self._group)
             self._moving = moving
 

@@ -35,14 +35,14 @@ def test_the_clip_norm_converges_to_the_quantile_from_far_off(quantile: float, s
     )
     state, rng, last = plan.first_state(SPEC), np.random.default_rng(3), []
     for t in range(1, rounds + 1):
-        clipper = plan.clipper(state, SPEC, t)
-        total = new_sum(clipper, SPEC.size)
+        clip_spec = plan.clip_spec(state, SPEC, t)
+        total = new_sum(clip_spec, SPEC.size)
         for device in plan.sample_cohort(t):
             if rng.random() >= dropout:
                 direction = rng.standard_normal(SPEC.size)
                 total.add((direction / np.linalg.norm(direction) * norms[device]).astype(np.float32))
         release = plan.release(total, t, SPEC)
-        state = plan.next_state(state, release, clip=clipper, values=np.zeros(SPEC.size, np.float32))
+        state = plan.next_state(state, release, clip=clip_spec, values=np.zeros(SPEC.size, np.float32))
         last.append(state.clip_norm)
     assert float(np.mean(last[-60:])) == pytest.approx(truth, rel=0.1)
 
@@ -64,16 +64,16 @@ def test_a_round_is_noised_by_its_own_clip_norm() -> None:
     spec = UpdateSpec.build([("w", "dense", (40_000,))])
     state = plan.first_state(spec)
     for t in (1, 2, 3):
-        clipper = plan.clipper(state, spec, t)
-        total = new_sum(clipper, spec.size)
+        clip_spec = plan.clip_spec(state, spec, t)
+        total = new_sum(clip_spec, spec.size)
         for _ in range(50):
             total.add(np.zeros(spec.size, np.float32))
         released = plan.release(total, t)
-        std = clipper.clip_norm / 50 / clipper.update_share
+        std = clip_spec.clip_norm / 50 / clip_spec.update_share
         assert released.mean.std() == pytest.approx(std, rel=0.02)
         assert released.noise_std == pytest.approx(std)
-        state = plan.next_state(state, released, clip=clipper, values=np.zeros(spec.size, np.float32))
-        assert state.clip_norm < clipper.clip_norm * math.exp(-0.5)
+        state = plan.next_state(state, released, clip=clip_spec, values=np.zeros(spec.size, np.float32))
+        assert state.clip_norm < clip_spec.clip_norm * math.exp(-0.5)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_the_noise_follows_a_moving_clip_norm_however_it_is_drawn(options: dict[
     )
     state, norms, found = plan.first_state(spec), [], []
     for t in (1, 2, 3):
-        clipper = plan.clipper(state, spec, t)
-        total = new_sum(clipper, spec.size)
+        clip_spec = plan.clip_spec(state, spec, t)
+        total = new_sum(clip_spec, spec.size)
         for _ in plan.sample_cohort(t):
             total.add(np.zeros(spec.size, np.float32))
         released = plan.release(total, t, spec)
-        norms.append(clipper.clip_norm)
+        norms.append(clip_spec.clip_norm)
         found.append([block.view(released.mean).std() for block in spec.blocks] + [released.noise_std])
-        state = plan.next_state(state, released, clip=clipper, values=np.zeros(spec.size, np.float32))
+        state = plan.next_state(state, released, clip=clip_spec, values=np.zeros(spec.size, np.float32))
     assert max(norms) > 1.1 * min(norms)
     in_clip_norms = np.array(found) / np.array(norms)[:, None]  # (T, blocks + 1)
     assert in_clip_norms == pytest.approx(np.tile(in_clip_norms[0], (3, 1)), rel=0.04)

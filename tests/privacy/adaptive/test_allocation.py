@@ -24,7 +24,7 @@ from fedlm.privacy.adaptive.allocation import (
     spans_of,
     updated,
 )
-from fedlm.privacy.adaptive.rule import Adaptation, PrivacyState
+from fedlm.privacy.adaptive.rule import AdaptiveRule, AdaptiveState
 from fedlm.privacy.clipping.side_queries import DPMetrics
 from fedlm.privacy.release import Release
 from fedlm.trainable.spec import UpdateSpec, Vector
@@ -92,9 +92,9 @@ def test_scales_stay_within_their_bounds(exponents: tuple[float, ...]) -> None:
 def test_per_group_clips_are_accounted_as_one_gaussian_and_no_other_noise_does_less_harm(
     moments: Floats, importance: Floats, seed: int
 ) -> None:
-    geometry = per_group(SPEC, moments, importance)
-    sigma = np.array(geometry.scales)  # in units of z C
-    clips = np.array(geometry.limits) * sigma  # C_g in units of C
+    block_scaling = per_group(SPEC, moments, importance)
+    sigma = np.array(block_scaling.scales)  # in units of z C
+    clips = np.array(block_scaling.limits) * sigma  # C_g in units of C
     np.testing.assert_allclose(clips, np.sqrt(moments / moments.sum()), rtol=1e-9)
     assert ((clips / sigma) ** 2).sum() == pytest.approx(1)  # sum (C_g / sigma_g)^2 = 1 / z^2
     for others in np.exp(np.random.default_rng(seed).normal(0, 0.3, (20, GROUPS))) * sigma:
@@ -215,36 +215,36 @@ def test_learnt_scales_come_near_the_best_and_beat_isotropic_noise() -> None:
     assert np.mean(ratios) < np.mean(optima) * 1.15
 
 
-def rule(**options: object) -> Adaptation:
+def rule(**options: object) -> AdaptiveRule:
     config = PrivacyConfig(clip_norm=1.0, **options)  # type: ignore[arg-type]
-    return Adaptation.create(config, noise_multiplier=1.0, expected_cohort=1_000)
+    return AdaptiveRule.create(config, noise_multiplier=1.0, expected_cohort=1_000)
 
 
 def test_queries_take_what_the_update_gives() -> None:
-    adaptation = rule(allocation="adaptive", clip_quantile=0.5, metrics=("train_loss",))
-    clipper = adaptation.clipper(adaptation.first_state(SPEC), SPEC, 1)
-    shares = [rider.share for rider in clipper.riders]
-    assert sum(share**2 for share in shares) + clipper.update_share**2 == pytest.approx(1)
-    z, z_riders = 1.7, np.array([1.7 / share for share in shares])
-    assert z / clipper.update_share == pytest.approx((z**-2 - (z_riders**-2.0).sum()) ** -0.5)
+    adaptive_rule = rule(allocation="adaptive", clip_quantile=0.5, metrics=("train_loss",))
+    clip_spec = adaptive_rule.clip_spec(adaptive_rule.first_state(SPEC), SPEC, 1)
+    shares = [side_query.share for side_query in clip_spec.side_queries]
+    assert sum(share**2 for share in shares) + clip_spec.update_share**2 == pytest.approx(1)
+    z, z_side_queries = 1.7, np.array([1.7 / share for share in shares])
+    assert z / clip_spec.update_share == pytest.approx((z**-2 - (z_side_queries**-2.0).sum()) ** -0.5)
     alone = rule(allocation="adaptive")
-    share = alone.clipper(alone.first_state(SPEC), SPEC, 1).update_share
+    share = alone.clip_spec(alone.first_state(SPEC), SPEC, 1).update_share
     assert 1 / share == pytest.approx(1.005, abs=1e-4)  # 0.5 % more noise for the shares of the blocks
 
 
 def test_a_private_state_is_a_function_of_releases_through_storage() -> None:
-    adaptation = rule(allocation="adaptive", clip_quantile=0.5)
+    adaptive_rule = rule(allocation="adaptive", clip_quantile=0.5)
     rng = np.random.default_rng(5)
-    one = other = adaptation.first_state(SPEC)
+    one = other = adaptive_rule.first_state(SPEC)
     values = spread(np.ones(GROUPS))
     for number in range(1, 5):
         answers = {"clip_bit": rng.normal(0.2, 0.05, 1), "group_shares": rng.normal(1 / 3, 0.05, GROUPS)}
         release = Release(SPEC, rng.standard_normal(SPEC.size).astype(np.float32), answers, NOISE)
-        one = adaptation.next(one, release, clipper=adaptation.clipper(one, SPEC, number), values=values)
-        restored = from_text(Adaptation, to_text(adaptation), where="stored rule")
-        other = from_text(PrivacyState, to_text(other), where="stored state")
-        clipper = restored.clipper(other, SPEC, number)
-        other = restored.next(other, release, clipper=clipper, values=values)
+        one = adaptive_rule.next(one, release, clip_spec=adaptive_rule.clip_spec(one, SPEC, number), values=values)
+        restored = from_text(AdaptiveRule, to_text(adaptive_rule), where="stored rule")
+        other = from_text(AdaptiveState, to_text(other), where="stored state")
+        clip_spec = restored.clip_spec(other, SPEC, number)
+        other = restored.next(other, release, clip_spec=clip_spec, values=values)
     assert to_text(one) == to_text(other)
     assert one.clip_norm < 1.0, "more updates within the clip norm than wanted: it falls"
 
@@ -252,21 +252,21 @@ def test_a_private_state_is_a_function_of_releases_through_storage() -> None:
 def test_rows_are_chosen_above_the_noise_and_no_more_than_asked_for() -> None:
     size, std = 20_000, 0.01
     rows = RowsConfig(sampler="dp_adafest", count=200, options=OptionValues({"selection_rounds": 4}))
-    adaptation = Adaptation.create(
+    adaptive_rule = AdaptiveRule.create(
         PrivacyConfig(), noise_multiplier=1.0, expected_cohort=100, rows=rows, vocabulary_size=size
     )
-    state = adaptation.first_state(SPEC)
+    state = adaptive_rule.first_state(SPEC)
     assert state.word_scores is not None
     noise = np.random.default_rng(6).normal(0, std * 2, size)  # of four rounds
     common = np.array([7, 500, 19_999])
     scores = noise + np.bincount(common, minlength=size) * 1.0
-    chosen = adaptation.selected_rows(PrivacyState(1.0, word_scores=scores), answer_std=std)
+    chosen = adaptive_rule.selected_rows(AdaptiveState(1.0, word_scores=scores), answer_std=std)
     assert set(common) <= set(chosen)
     assert len(chosen) < 3 + 60  # 27 expected of the noise
     assert (np.diff(chosen) > 0).all()
-    everywhere = adaptation.selected_rows(PrivacyState(1.0, word_scores=noise + 1), answer_std=std)
+    everywhere = adaptive_rule.selected_rows(AdaptiveState(1.0, word_scores=noise + 1), answer_std=std)
     assert len(everywhere) == 200
-    assert not len(adaptation.selected_rows(PrivacyState(1.0, word_scores=np.zeros(size)), answer_std=std))
+    assert not len(adaptive_rule.selected_rows(AdaptiveState(1.0, word_scores=np.zeros(size)), answer_std=std))
 
 
 def test_metrics_are_ratios_of_noisy_sums_within_their_bounds() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.published_allocation import NOMINAL, true_epsilon
 from fedlm.config.schema import PrivacyConfig
 from fedlm.privacy import PrivacyPlan
-from fedlm.privacy.adaptive.rule import PrivacyState
+from fedlm.privacy.adaptive.rule import AdaptiveState
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.trainable.spec import UpdateSpec
 
@@ -65,8 +65,8 @@ def test_every_group_of_a_release_has_at_least_the_accounted_noise() -> None:
     state = made.first_state(SPEC)
     assert state.allocation is not None
     learnt = replace(state.allocation, sensitivity=(1.0, 0.1, 0.05), uncertainty=(1.0, 1.0, 1.0), num_rounds=100)
-    clipper = made.clipper(PrivacyState(state.clip_norm, learnt), SPEC, 1)
-    released = made.release(new_sum(clipper, SPEC.size), 1)  # of an empty cohort: noise alone
+    clip_spec = made.clip_spec(AdaptiveState(state.clip_norm, learnt), SPEC, 1)
+    released = made.release(new_sum(clip_spec, SPEC.size), 1)  # of an empty cohort: noise alone
     stds = np.array([block.view(released.mean).std() for block in SPEC.blocks]) / released.noise_std
     # 1 / importance is 1, 10 and 20, its root mean square over coordinates sqrt(175); the bound holds the first.
     expected = 2 * np.array([0.5, 10 / 175**0.5, 20 / 175**0.5])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
-from fedlm.privacy import ClippedSum, Clipper
+from fedlm.privacy import ClippedSum, ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.noise.fixed_point import CAPACITY
 
@@ -31,9 +31,9 @@ updates = arrays(np.float32, st.integers(1, 40), elements=values)
 clip_norms = st.one_of(st.floats(1e-12, 1e12), st.sampled_from([0.3, 1.0, 1e-12, 1e12]))
 
 
-def received(clipper: Clipper, vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> ClippedSum:
+def received(clip_spec: ClipSpec, vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> ClippedSum:
     """A sum that holds what came over the wire, and nothing else."""
-    total = new_sum(clipper, vector.size)
+    total = new_sum(clip_spec, vector.size)
     total.add_arrays(vector, fields)
     return total
 
@@ -47,7 +47,7 @@ def integers(total: ClippedSum) -> list[int]:
 def test_one_device_moves_the_sum_by_at_most_the_clip_norm(update: Vector, clip_norm: float, scale: float) -> None:
     with np.errstate(all="ignore"):
         update = (update.astype(np.float64) * scale).astype(np.float32)
-    total = new_sum(Clipper(clip_norm), update.size)
+    total = new_sum(ClipSpec(clip_norm), update.size)
     record = total.add(update)
     contribution = integers(total)
     assert sum(value * value for value in contribution) <= UNITS**2  # exact integers, no rounding
@@ -67,7 +67,7 @@ def test_one_device_moves_the_sum_by_at_most_the_clip_norm(update: Vector, clip_
 def test_large_updates_are_clipped_over_all_chunks(size: int, scale: float) -> None:
     update = (np.random.default_rng(size).standard_normal(size) * scale).astype(np.float32)
     update[size // 3 : size // 2] = 0
-    total = new_sum(Clipper(0.3), size)
+    total = new_sum(ClipSpec(0.3), size)
     record = total.add(update)
     assert record.norm == pytest.approx(float(np.linalg.norm(update.astype(np.float64))), rel=1e-12)
     contribution = integers(total)
@@ -83,15 +83,15 @@ def test_large_updates_are_clipped_over_all_chunks(size: int, scale: float) -> N
 @given(seed=st.integers(0, 2**32), num_devices=st.integers(0, 12), num_groups=st.integers(1, 5))
 def test_any_order_and_grouping_gives_the_same_bits(seed: int, num_devices: int, num_groups: int) -> None:
     rng = np.random.default_rng(seed)
-    clipper = Clipper(0.3)
+    clip_spec = ClipSpec(0.3)
     devices = [(rng.standard_normal(17) * 10.0 ** rng.integers(-9, 3)).astype(np.float32) for _ in range(num_devices)]
-    straight = new_sum(clipper, 17)
+    straight = new_sum(clip_spec, 17)
     for update in devices:
         straight.add(update)
-    groups = [new_sum(clipper, 17) for _ in range(num_groups)]
+    groups = [new_sum(clip_spec, 17) for _ in range(num_groups)]
     for index in rng.permutation(num_devices):
         groups[rng.integers(num_groups)].add(devices[index])
-    merged = new_sum(clipper, 17)
+    merged = new_sum(clip_spec, 17)
     for index in rng.permutation(num_groups):
         vector, fields = groups[index].to_arrays()
         merged.add_arrays(vector, fields)
@@ -103,10 +103,10 @@ def test_neighbouring_cohorts_differ_by_exactly_one_contribution() -> None:
     # Magnitudes at which an fp32 or fp64 sum would round the others differently once the device joins.
     rng = np.random.default_rng(0)
     devices = [(rng.standard_normal(50) * 10.0 ** rng.integers(-8, 1)).astype(np.float32) for _ in range(30)]
-    clipper = Clipper(0.3)
+    clip_spec = ClipSpec(0.3)
 
     def summed(members: list[Vector]) -> npt.NDArray[np.int64]:
-        total = new_sum(clipper, 50)
+        total = new_sum(clip_spec, 50)
         for update in members:
             total.add(update)
         return total.to_arrays()[0]
@@ -117,7 +117,7 @@ def test_neighbouring_cohorts_differ_by_exactly_one_contribution() -> None:
 
 
 def test_without_clipping_large_finite_updates_pass_and_overflowing_ones_do_not() -> None:
-    total = new_sum(Clipper(math.inf), 3)
+    total = new_sum(ClipSpec(math.inf), 3)
     assert total.add(np.array([64.0, -3.5, 0], np.float32)).finite
     assert not total.add(np.array([64.1, 0, 0], np.float32)).finite
     assert not total.add(np.array([0, -65.0, 0], np.float32)).finite
@@ -126,12 +126,12 @@ def test_without_clipping_large_finite_updates_pass_and_overflowing_ones_do_not(
 
 
 def test_a_full_sum_refuses_the_next_device_and_does_not_overflow() -> None:
-    clipper = Clipper(1.0)
+    clip_spec = ClipSpec(1.0)
     vector = np.full(1, UNITS - 2**20, np.int64) * CAPACITY
-    total = received(clipper, vector, {"clip_norm": 1.0, "num_devices": CAPACITY})
+    total = received(clip_spec, vector, {"clip_norm": 1.0, "num_devices": CAPACITY})
     with pytest.raises(ConfigError, match="could overflow"):
         total.add(np.ones(1, np.float32))
-    one = new_sum(clipper, 1)
+    one = new_sum(clip_spec, 1)
     one.add(np.ones(1, np.float32))
     with pytest.raises(ConfigError, match="could overflow"):
         one.add_arrays(*total.to_arrays())
@@ -150,7 +150,7 @@ def test_a_full_sum_refuses_the_next_device_and_does_not_overflow() -> None:
     ],
 )
 def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) -> None:
-    total = new_sum(Clipper(1.0), 2)
+    total = new_sum(ClipSpec(1.0), 2)
     with pytest.raises(DataError, match="float32"):
         total.add(update)  # type: ignore[arg-type]
     assert total.num_devices == 0
@@ -175,7 +175,7 @@ def test_only_plain_float32_vectors_of_the_right_size_are_added(update: object) 
 )
 def test_what_no_honest_node_sends_is_refused(vector: npt.NDArray[np.int64], fields: dict[str, int | float]) -> None:
     with pytest.raises(DataError):
-        new_sum(Clipper(1.0), 2).add_arrays(vector, fields)
+        new_sum(ClipSpec(1.0), 2).add_arrays(vector, fields)
 
 
 @settings(max_examples=200, deadline=None)
@@ -183,7 +183,7 @@ def test_what_no_honest_node_sends_is_refused(vector: npt.NDArray[np.int64], fie
 def test_one_devices_reply_is_clipped_again_on_arrival(vector: npt.NDArray[np.int64], few: bool) -> None:
     """Whatever a device sends, its own contribution is within the bound; an honest one keeps its bits."""
     vector = vector >> 24 if few else vector
-    total = received(Clipper(0.7), vector, {"clip_norm": 0.7, "num_devices": 1})
+    total = received(ClipSpec(0.7), vector, {"clip_norm": 0.7, "num_devices": 1})
     squares, found = sum(int(value) ** 2 for value in vector), integers(total)
     assert sum(value * value for value in found) <= UNITS**2
     honest = math.sqrt(squares) <= UNITS * (1 - 2**-20)
@@ -199,7 +199,7 @@ def test_one_devices_reply_is_clipped_again_on_arrival(vector: npt.NDArray[np.in
 
 def test_a_received_sum_does_not_alias_the_message() -> None:
     message = np.array([5, 7])
-    total = received(Clipper(1.0), message, {"clip_norm": 1.0, "num_devices": 1})
+    total = received(ClipSpec(1.0), message, {"clip_norm": 1.0, "num_devices": 1})
     message[0] = 2**62
     assert integers(total) == [5, 7]
     with pytest.raises(ValueError, match="read-only"):
@@ -207,7 +207,7 @@ def test_a_received_sum_does_not_alias_the_message() -> None:
 
 
 def test_what_a_sum_shows_of_itself_cannot_be_written_to() -> None:
-    total = new_sum(Clipper(1.0), 3)
+    total = new_sum(ClipSpec(1.0), 3)
     total.add(np.array([0.5, 0, 0], np.float32))
     before = integers(total)
     view, _ = total.to_arrays()
@@ -224,18 +224,18 @@ def test_what_a_sum_shows_of_itself_cannot_be_written_to() -> None:
 
 def test_sums_cannot_be_built_pickled_or_copied_around_the_clip() -> None:
     with pytest.raises(TypeError, match="new_sum"):
-        ClippedSum(3, Clipper(1.0))
-    total = new_sum(Clipper(1.0), 3)
+        ClippedSum(3, ClipSpec(1.0))
+    total = new_sum(ClipSpec(1.0), 3)
     for copying in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="neither pickled nor copied"):
             copying(total)
-    assert pickle.loads(pickle.dumps(Clipper(1.0))) == Clipper(1.0)
+    assert pickle.loads(pickle.dumps(ClipSpec(1.0))) == ClipSpec(1.0)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.nan, -math.inf, 1e-13, 1e13])
 def test_clip_norms_out_of_range_are_refused(clip_norm: float) -> None:
     with pytest.raises(ConfigError, match="clip_norm"):
-        Clipper(clip_norm)
+        ClipSpec(clip_norm)
 
 
 @settings(max_examples=100, deadline=None)
@@ -247,7 +247,7 @@ def test_many_at_once_are_the_bits_and_records_of_one_by_one(seed: int, num_devi
     )
     updates[rng.random(updates.shape) < 0.005] = rng.choice([np.nan, np.inf, -np.inf])
     updates[rng.random(num_devices) < 0.1] = 0
-    together, apart = new_sum(Clipper(clip_norm), 23), new_sum(Clipper(clip_norm), 23)
+    together, apart = new_sum(ClipSpec(clip_norm), 23), new_sum(ClipSpec(clip_norm), 23)
     records = together.add_many(updates)
     assert repr(records) == repr([apart.add(update) for update in updates])  # NaN norms are not equal to themselves
     assert integers(together) == integers(apart)
@@ -258,13 +258,13 @@ def test_the_largest_contributions_add_up_exactly() -> None:
     """A full batch at the bound: a subtotal in fp64 must not round, whatever is added to it last."""
     updates = np.full((64, 1), 64, np.float32)
     updates[-1] = np.nextafter(np.float32(64), np.float32(0))
-    total = new_sum(Clipper(math.inf), 1)
+    total = new_sum(ClipSpec(math.inf), 1)
     total.add_many(updates)
     assert integers(total) == [63 * 64 * UNITS + int(updates[-1, 0] * 2.0**40)]
 
 
 def test_many_of_the_wrong_shape_add_nothing() -> None:
-    total = new_sum(Clipper(1.0), 2)
+    total = new_sum(ClipSpec(1.0), 2)
     for updates in (np.ones(2, np.float32), np.ones((2, 3), np.float32), np.ones((1, 2)), [[1.0, 2.0]], None):
         with pytest.raises(DataError, match=r"float32 array of shape \(devices, 2\)"):
             total.add_many(updates)  # type: ignore[arg-type]
@@ -275,7 +275,7 @@ def test_many_across_chunks_skip_what_is_zero() -> None:
     size = 3 * 16_384 + 5
     updates = np.random.default_rng(2).standard_normal((3, size)).astype(np.float32)
     updates[0, 16_384:32_768] = updates[1, :16_384] = updates[:, 32_768:49_152] = 0
-    together, apart = new_sum(Clipper(0.3), size), new_sum(Clipper(0.3), size)
+    together, apart = new_sum(ClipSpec(0.3), size), new_sum(ClipSpec(0.3), size)
     together.add_many(updates)
     for update in updates[::-1]:
         apart.add(update)
@@ -283,8 +283,8 @@ def test_many_across_chunks_skip_what_is_zero() -> None:
 
 
 def test_arrays_that_are_added_at_once_count_as_their_sum_and_refused_ones_change_nothing() -> None:
-    clipper = Clipper(0.3)
-    ones, total, apart = new_sum(clipper, 5), new_sum(clipper, 5), new_sum(clipper, 5)
+    clip_spec = ClipSpec(0.3)
+    ones, total, apart = new_sum(clip_spec, 5), new_sum(clip_spec, 5), new_sum(clip_spec, 5)
     ones.add_many(np.ones((3, 5), np.float32))
     apart.add_many(np.ones((6, 5), np.float32))
     vector, fields = ones.to_arrays()

@@ -16,7 +16,7 @@ from fedlm.codec import decode, encode, from_text, to_text
 from fedlm.config.load import load_config
 from fedlm.config.schema import OptionValues, PrivacyConfig
 from fedlm.errors import ConfigError, DataError
-from fedlm.privacy import Clipper, PrivacyPlan
+from fedlm.privacy import ClipSpec, PrivacyPlan
 from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.clipping.side_queries import ClipBit
@@ -99,24 +99,24 @@ def test_smaller_rounds_than_the_accounted_one_have_no_larger_sensitivity(
 
 def test_every_grouping_of_the_devices_gives_the_bits_of_one_modular_sum() -> None:
     plan = plan_with(reproducible_noise=True)
-    clipper = plan.new_sum(SIZE).clipper
-    assert clipper.encoder is not None
-    assert from_text(Clipper, to_text(clipper), where="sent") == clipper
-    whole, parts = new_sum(clipper, SIZE), [new_sum(clipper, SIZE) for _ in range(3)]
-    expected = np.zeros(clipper.encoder.padded_size, np.uint64)
+    clip_spec = plan.new_sum(SIZE).clip_spec
+    assert clip_spec.encoder is not None
+    assert from_text(ClipSpec, to_text(clip_spec), where="sent") == clip_spec
+    whole, parts = new_sum(clip_spec, SIZE), [new_sum(clip_spec, SIZE) for _ in range(3)]
+    expected = np.zeros(clip_spec.encoder.padded_size, np.uint64)
     for device in range(7):
         whole.add(update(device))
         parts[device % 3].add(update(device))
-        alone = new_sum(Clipper(0.5), SIZE)
+        alone = new_sum(ClipSpec(0.5), SIZE)
         alone.add(update(device))
         fixed = alone.to_arrays()[0].copy()
-        expected += clipper.encoder.encode(fixed, clipper.encoder.device_generator(fixed))
-    total = new_sum(clipper, SIZE)
+        expected += clip_spec.encoder.encode(fixed, clip_spec.encoder.device_generator(fixed))
+    total = new_sum(clip_spec, SIZE)
     total.add_arrays(*parts[2].to_arrays())
     total.add_arrays(*parts[1].to_arrays())
     total.add_arrays(*parts[0].to_arrays())
     assert np.array_equal(total.to_arrays()[0], whole.to_arrays()[0])
-    assert np.array_equal(whole.to_arrays()[0], (expected & clipper.encoder.mask).astype(np.int64))
+    assert np.array_equal(whole.to_arrays()[0], (expected & clip_spec.encoder.mask).astype(np.int64))
     assert total.num_devices == 7
 
 
@@ -128,7 +128,7 @@ def test_private_encodings_of_one_update_share_nothing_and_unclipped_ones_are_cl
         record = total.add(update(1) * 1e3)
         assert record.clipped
         encoded = total.to_arrays()[0]
-        released.append((encoded + 2 ** (total.clipper.encoder.bits - 1)) % 2**total.clipper.encoder.bits)  # type: ignore[union-attr]
+        released.append((encoded + 2 ** (total.clip_spec.encoder.bits - 1)) % 2**total.clip_spec.encoder.bits)  # type: ignore[union-attr]
     difference = released[0].astype(float) - released[1]
     encoder = plan.encoder(SIZE)
     assert encoder is not None
@@ -139,15 +139,15 @@ def test_private_encodings_of_one_update_share_nothing_and_unclipped_ones_are_cl
 @pytest.mark.parametrize("num_devices", [0, 1, 5])
 def test_the_release_has_the_plans_noise_whatever_the_turnout(num_devices: int) -> None:
     plan = plan_with(cohort=30, size=SIZE + 1, clip_quantile=0.5)
-    clipper = replace(Clipper(0.5), riders=(ClipBit(0.3, 0.5),))
-    clipper = plan._encoding(clipper, SIZE, 1)
-    total = new_sum(clipper, SIZE)
+    clip_spec = replace(ClipSpec(0.5), side_queries=(ClipBit(0.3, 0.5),))
+    clip_spec = plan._encoding(clip_spec, SIZE, 1)
+    total = new_sum(clip_spec, SIZE)
     exact = np.zeros(SIZE)
     for device in range(num_devices):
         total.add(update(device))
         exact += update(device) / np.linalg.norm(update(device)) * 0.5 / 30
     released = plan.release(total, 1)
-    noise = (released.mean - exact) / plan.noise_std(clipper)
+    noise = (released.mean - exact) / plan.noise_std(clip_spec)
     assert kstest(noise, "norm").pvalue > 1e-6
     assert noise.std() == pytest.approx(1, abs=6 / np.sqrt(2 * SIZE))
     answer = float(released.answers["clip_bit"][0])
@@ -166,37 +166,37 @@ def test_failed_and_zero_devices_still_add_their_part_of_the_noise() -> None:
 
 def test_sums_that_are_not_this_plans_encodings_are_refused() -> None:
     plan = plan_with()
-    clipper = plan.new_sum(SIZE).clipper
-    assert clipper.encoder is not None
-    less = replace(clipper, encoder=replace(clipper.encoder, noise_multiplier=0.5))
-    known = replace(clipper, encoder=replace(clipper.encoder, debug_key="00" * 16))
-    for other in (Clipper(0.5), less, known):
+    clip_spec = plan.new_sum(SIZE).clip_spec
+    assert clip_spec.encoder is not None
+    less = replace(clip_spec, encoder=replace(clip_spec.encoder, noise_multiplier=0.5))
+    known = replace(clip_spec, encoder=replace(clip_spec.encoder, debug_key="00" * 16))
+    for other in (ClipSpec(0.5), less, known):
         with pytest.raises(DataError, match="other noise than that of the mechanism 'skellam'"):
             plan.release(new_sum(other, SIZE), 1)
     gaussian = plan_with(mechanism="gaussian")
     with pytest.raises(DataError, match="other noise"):
         gaussian.release(plan.new_sum(SIZE), 1)
-    vector = np.zeros(clipper.encoder.padded_size, np.int64)
-    vector[3] = 2**clipper.encoder.bits
+    vector = np.zeros(clip_spec.encoder.padded_size, np.int64)
+    vector[3] = 2**clip_spec.encoder.bits
     for wrong, count in ((vector, 1), (-vector, 1), (np.minimum(vector, 5), 0)):
         with pytest.raises(DataError, match="allowed are 0 to"):
-            new_sum(clipper, SIZE).add_arrays(wrong, {"clip_norm": 0.5, "num_devices": count})
-    count = clipper.encoder.max_devices + 1
+            new_sum(clip_spec, SIZE).add_arrays(wrong, {"clip_norm": 0.5, "num_devices": count})
+    count = clip_spec.encoder.max_devices + 1
     with pytest.raises(DataError, match="sum claims"):
-        new_sum(clipper, SIZE).add_arrays(0 * vector, {"clip_norm": 0.5, "num_devices": count})
+        new_sum(clip_spec, SIZE).add_arrays(0 * vector, {"clip_norm": 0.5, "num_devices": count})
     with pytest.raises(ConfigError, match="call add for each device"):
-        new_sum(clipper, SIZE).add_many(update(1)[np.newaxis])
+        new_sum(clip_spec, SIZE).add_many(update(1)[np.newaxis])
     with pytest.raises(ConfigError, match="the encoder is for 3,000 coordinates"):
-        new_sum(clipper, SIZE - 1)
-    sent = encode(clipper)
+        new_sum(clip_spec, SIZE - 1)
+    sent = encode(clip_spec)
     for change, says in (
         ({"grid_bits": 3}, "encoder: grid_bits = 3 must be"),
         ({"noise_multiplier": 1e-3}, r"encoder: noise_multiplier = 0\.001 must be"),
         ({"debug_key": "0x"}, "encoder: debug_key of 2 characters"),
         ({"x": 1}, "encoder has unknown 'x'"),
     ):
-        with pytest.raises(DataError, match=f"sent clipper: {says}"):
-            decode(Clipper, sent | {"encoder": sent["encoder"] | change}, where="sent clipper")
+        with pytest.raises(DataError, match=f"sent clip spec: {says}"):
+            decode(ClipSpec, sent | {"encoder": sent["encoder"] | change}, where="sent clip spec")
 
 
 def test_plans_without_a_bound_or_with_mimicked_fleets_are_refused() -> None:

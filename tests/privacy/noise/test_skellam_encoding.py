@@ -14,7 +14,7 @@ from scipy.special import ive
 from scipy.stats import chisquare, kstest, norm, skellam
 
 from fedlm.errors import ConfigError, DataError
-from fedlm.privacy import Clipper
+from fedlm.privacy import ClipSpec
 from fedlm.privacy.accounting import rdp, subsampled_gaussian
 from fedlm.privacy.clipping.clipped_sum import new_sum
 from fedlm.privacy.noise.skellam_encoding import Skellam, skellam_curve, system_generator, walsh_hadamard
@@ -31,7 +31,7 @@ def design(size: int, **changes: object) -> Skellam:
 def clipped(size: int, device: int, clip_norm: float = 0.7) -> np.ndarray:
     """One device's update as the library clips it, (P,) int64; spiky, so that rotation has something to do."""
     update = stream(seed_key(1), "update", device).standard_t(2, size).astype(np.float32)
-    total = new_sum(Clipper(clip_norm), size)
+    total = new_sum(ClipSpec(clip_norm), size)
     total.add(update)
     return total.to_arrays()[0].copy()
 

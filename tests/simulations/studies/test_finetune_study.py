@@ -20,7 +20,7 @@ TINY = (
 )  # fmt: skip
 
 
-def grid(*words: str, data: Path = DATA) -> list[study.Job]:
+def grid(*words: str, data: Path = DATA) -> list[study.FinetuneJob]:
     return list(study.grid(study._parser().parse_args([str(data), *words])))
 
 

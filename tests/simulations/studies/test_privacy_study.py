@@ -53,13 +53,13 @@ def test_every_run_of_the_grid_is_a_valid_config_of_its_own() -> None:
 def test_a_variant_that_is_no_config_is_refused_before_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(study.VARIANTS, "wrong", ("privacy.mechanism=none",))
     with pytest.raises(ConfigError, match=r"privacy\.mechanism"):
-        _ = study.Job("wrong", 2.0, 1, CORPUS).key
+        _ = study.PrivacyJob("wrong", 2.0, 1, CORPUS).key
 
 
 def test_a_result_belongs_to_a_corpus_by_its_name_alone() -> None:
-    job = study.Job("blt", 2.0, 1, CORPUS)
-    assert job.key == study.Job("blt", 2.0, 1, Path("elsewhere") / CORPUS.name).key
-    assert job.key != study.Job("blt", 2.0, 1, CORPUS.with_name("others.jsonl")).key
+    job = study.PrivacyJob("blt", 2.0, 1, CORPUS)
+    assert job.key == study.PrivacyJob("blt", 2.0, 1, Path("elsewhere") / CORPUS.name).key
+    assert job.key != study.PrivacyJob("blt", 2.0, 1, CORPUS.with_name("others.jsonl")).key
 
 
 def test_a_run_is_done_once(
@@ -95,7 +95,7 @@ def test_a_run_that_fails_says_which_and_why(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_differences_are_taken_by_seed() -> None:
-    jobs = [study.Job(variant, 2.0, seed, CORPUS) for variant in ("gaussian", "blt") for seed in (1, 2, 3)]
+    jobs = [study.PrivacyJob(variant, 2.0, seed, CORPUS) for variant in ("gaussian", "blt") for seed in (1, 2, 3)]
     figures = {"gaussian": {1: 200.0, 2: 220.0, 3: 240.0}, "blt": {1: 190.0, 3: 236.0}}
     lines: dict[str, dict[str, Any]] = {
         job.key: {"perplexity": figures[job.variant][job.seed], "perplexity_initial": 300.0, "epsilon": 1.99}

@@ -15,7 +15,7 @@ TINY = study.Sizes(
     vocabulary=2_100, length=8, d_model=8, num_layers=1, num_heads=1, negatives=50, num_examples=40, num_test=20,
     batch_size=10, steps=3, base_epochs=1,
 )  # fmt: skip
-JOB = study.Job("off", 5.0, 1, "train.txt", Path("folder") / "public.txt", TINY)
+JOB = study.ReAttentionJob("off", 5.0, 1, "train.txt", Path("folder") / "public.txt", TINY)
 
 
 def test_every_run_is_a_valid_config_of_its_own() -> None:
