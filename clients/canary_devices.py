@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.audit.text import canary_text
+from fedlm.auditing.text import canary_text
 from fedlm.experiment import Experiment
 from fedlm.privacy.clipping.clipped_sum import ClippedSum
 from fedlm.trainable.parts import Part

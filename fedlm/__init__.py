@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedlm.errors import FedlmError
     from fedlm.privacy.plan import PrivacyPlan
     from fedlm.privacy.release import Release
-    from fedlm.strategies import Strategy
+    from fedlm.strategies.contract import Strategy
     from fedlm.testkit.checks import check_strategy
     from fedlm.trainable.spec import UpdateSpec
 
@@ -49,7 +49,7 @@ _HOMES = {
     "FedlmError": "fedlm.errors",
     "PrivacyPlan": "fedlm.privacy.plan",
     "Release": "fedlm.privacy.release",
-    "Strategy": "fedlm.strategies",
+    "Strategy": "fedlm.strategies.contract",
     "UpdateSpec": "fedlm.trainable.spec",
     "audit": "fedlm.api",
     "check_strategy": "fedlm.testkit.checks",

@@ -17,7 +17,7 @@ from fedlm.environment import set_quiet_environment
 from fedlm.plugins import refuse_shadows, search_in
 
 if TYPE_CHECKING:
-    from fedlm.audit import AuditReport
+    from fedlm.auditing import AuditReport
     from fedlm.config.schema import Config
     from fedlm.finetuning.run import FinetuneSummary
     from fedlm.planning.forecast import Device

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.audit.canaries import Canaries
+from fedlm.auditing.canaries import Canaries
 from fedlm.config.schema import Config
 from fedlm.config.validate import validate_sizes
 from fedlm.data.store import TokenStore, build_store

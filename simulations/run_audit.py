@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.audit import AuditReport, Products, TextReport, View, products, scores, strengths
-from fedlm.audit.gaussian_bound import epsilon_of_distance
-from fedlm.audit.phrase_losses import phrase_losses
-from fedlm.audit.report import CanaryCost, make_view
-from fedlm.audit.text import exposures, fresh_phrases, phrase, rank_sum_p
-from fedlm.audit.whitening import whitening
+from fedlm.auditing import AuditReport, Products, TextReport, View, products, scores, strengths
+from fedlm.auditing.gaussian_bound import epsilon_of_distance
+from fedlm.auditing.phrase_losses import phrase_losses
+from fedlm.auditing.report import CanaryCost, make_view
+from fedlm.auditing.text import exposures, fresh_phrases, phrase, rank_sum_p
+from fedlm.auditing.whitening import whitening
 from fedlm.codec import from_text
 from fedlm.config.load import config_from_toml
 from fedlm.config.schema import Config

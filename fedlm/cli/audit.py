@@ -13,7 +13,7 @@ from fedlm.cli.output import print_json, print_pairs, print_table
 from fedlm.cli.progress import progress
 
 if TYPE_CHECKING:
-    from fedlm.audit import AuditReport, TextReport
+    from fedlm.auditing import AuditReport, TextReport
     from fedlm.config import Config
 
 NumCanaries = Annotated[

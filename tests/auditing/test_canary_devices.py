@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clients.canary_devices import CanaryDevices
-from fedlm.audit.phrase_losses import phrase_losses
+from fedlm.auditing.phrase_losses import phrase_losses
 from fedlm.config.load import load_config
 from fedlm.experiment import Experiment
 from fedlm.privacy.clipping.block_scaling import BlockScaling

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedlm.audit import one_run_bound
-from fedlm.audit.one_run import lower_bound, probability_of_guesses
+from fedlm.auditing import one_run_bound
+from fedlm.auditing.one_run import lower_bound, probability_of_guesses
 from fedlm.errors import ConfigError
 from fedlm.privacy.accounting import subsampled_gaussian
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedlm.audit import Canaries, GaussianBound, Products, gaussian_bound, products, scores, strengths
+from fedlm.auditing import Canaries, GaussianBound, Products, gaussian_bound, products, scores, strengths
 from fedlm.privacy.accounting import subsampled_gaussian
 from fedlm.trainable.spec import UpdateSpec
 

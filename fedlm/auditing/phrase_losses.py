@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlm.audit.text import Floats, Tokens
+from fedlm.auditing.text import Floats, Tokens
 from fedlm.losses.full_softmax import log_normaliser, target_scores
 from fedlm.trainable.build import Trainable
 from fedlm.trainable.spec import Vector

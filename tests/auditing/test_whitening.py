@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedlm.audit.whitening import whitening
+from fedlm.auditing.whitening import whitening
 from fedlm.privacy.mechanisms import Mechanism, Participation, create
 from fedlm.privacy.noise.lattice import NoiseStream, reproducible_key
 

@@ -2,7 +2,7 @@
 
 A gradient canary j contributes C c_j, C the clip norm and c_j = (+-1, ..., +-1) / sqrt(P) a direction of fair coins. In
 many dimensions such directions are nearly orthogonal to each other and to everything else, so one run holds many
-canaries that hardly disturb each other or the model. A text canary holds a random phrase (`fedlm.audit.text`)
+canaries that hardly disturb each other or the model. A text canary holds a random phrase (`fedlm.auditing.text`)
 and trains on it as any device does.
 
 All of it follows from (seed, number of the canary): nothing is stored, and who analyses the run draws it again. A coin

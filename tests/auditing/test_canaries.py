@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from fedlm.audit import Canaries
-from fedlm.audit.text import canary_text, exposures, fresh_phrases, phrase, rank_sum_p
+from fedlm.auditing import Canaries
+from fedlm.auditing.text import canary_text, exposures, fresh_phrases, phrase, rank_sum_p
 from fedlm.config.load import load_config
 from fedlm.data.vocabulary_source import load_vocabulary
 from fedlm.trainable.spec import UpdateSpec

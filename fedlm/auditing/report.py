@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedlm.audit.gaussian_bound import CERTAINTY, INTERVAL, GaussianBound, gaussian_bound
-from fedlm.audit.one_run import OneRunBound, one_run_bound
+from fedlm.auditing.gaussian_bound import CERTAINTY, INTERVAL, GaussianBound, gaussian_bound
+from fedlm.auditing.one_run import OneRunBound, one_run_bound
 from fedlm.privacy.guarantee import Guarantee, to_dict
 from fedlm.rounding import stamped
 
