@@ -155,7 +155,7 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
     from fedlm.models.re_attention import noise_levels
     from fedlm.privacy import mechanisms as rooms
     from fedlm.privacy.adaptive import allocation
-    from fedlm.privacy.adaptive import rule as adaptation
+    from fedlm.privacy.adaptive import rule as adaptive_rule
     from fedlm.privacy.clipping import block_scaling, clip_spec, side_queries
     from fedlm.privacy.noise import skellam_encoding
 
@@ -191,8 +191,8 @@ def special(cls: type[Any]) -> st.SearchStrategy[Any] | None:
             **{name: tuples(values_of(float), 3) for name in ("scales", "moments", "sensitivity", "uncertainty")},
             "num_rounds": counts,
         },
-        adaptation.AdaptiveState: {"clip_norm": st.one_of(positive, st.just(math.inf))},
-        adaptation.AdaptiveRule: {
+        adaptive_rule.AdaptiveState: {"clip_norm": st.one_of(positive, st.just(math.inf))},
+        adaptive_rule.AdaptiveRule: {
             "allocation": st.sampled_from(allocation.KINDS), "metrics": tuples(st.text(), 2),
         },
     }  # fmt: skip

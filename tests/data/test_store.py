@@ -131,7 +131,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path, vocabulary: Vocabulary)
     program = (
         "from fedlm.config.schema import *\n"
         "from fedlm.data.store import build_store\n"
-        "from fedlm.data.vocabulary import load_vocabulary\n"
+        "from fedlm.data.vocabulary_source import load_vocabulary\n"
         f"folder = {str(tmp_path)!r}\n"
         "data = DataConfig(corpus=folder + '/users.jsonl', cache_dir=folder + '/cache')\n"
         "config = Config(data=data, vocabulary=VocabularyConfig(size=2_000))\n"

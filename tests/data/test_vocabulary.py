@@ -99,7 +99,7 @@ def test_pickling_keeps_ids_and_digest() -> None:
 def test_the_digest_is_the_same_in_another_process_and_differs_between_vocabularies() -> None:
     program = (
         "from fedlm.config.schema import Config, VocabularyConfig\n"
-        "from fedlm.data.vocabulary import load_vocabulary\n"
+        "from fedlm.data.vocabulary_source import load_vocabulary\n"
         "print(load_vocabulary(Config(vocabulary=VocabularyConfig(size=1000))).digest)"
     )
     root = Path(__file__).resolve().parents[2]
