@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from clients.canary_devices import CanaryDevices
 from clients.node_sum import NodeSum
 from fedlm.config.schema import Config
 from fedlm.data.batching import sequences
-from fedlm.errors import WorkerError
+from fedlm.errors import DataError, WorkerError
 from fedlm.example_dp.device_budget import device_budget
 from fedlm.experiment import Experiment, Weights, starts_from_base
 from fedlm.losses.evaluation import Score, score
@@ -97,7 +97,7 @@ class DeviceHost:
         outcome = _TrainedDevices()
         if not self._apply(broadcast):
             return outcome.reply(stale=True)
-        if broadcast.key != self._opened:  # once a round, however many work items of it come here
+        if broadcast.key != self._opened:  # once a round and version, however many work items of it come here
             full, self._opened = self._trainable.spec, broadcast.key
             self._moves = full.with_rows(broadcast.row_ids, broadcast.moves or None)
             self._spec = full.with_rows(broadcast.row_ids, broadcast.sends) if broadcast.sends else self._moves
@@ -166,8 +166,8 @@ class DeviceHost:
             cause = one_line(error) if tells_all else type(error).__name__
             raise WorkerError(f"a group of {len(devices)} devices failed: {cause}") from error
         for device, result in zip(devices, results, strict=True):
-            device_stats = self._device_stats(total, texts[device], result.loss, result.num_tokens)
-            outcome.add(device, total.add_parts(self._sent(result.parts), device_stats), result.loss)
+            add = partial(total.add_parts, self._sent(result.parts))
+            self._add(add, device, self._device_stats(total, texts[device], result.loss, result.num_tokens), outcome)
 
     def _train_alone(self, total: ClippedSum, key: bytes, texts: dict[int, Words], outcome: _TrainedDevices) -> None:
         """Train devices one by one; one that fails contributes zero, and nothing of it reaches another."""
@@ -177,12 +177,22 @@ class DeviceHost:
             except Exception as error:  # one device's failure must not cost the others their round
                 outcome.fail(device, error)
                 continue
-            device_stats = self._device_stats(total, text, result.loss, result.num_tokens)
-            if self._spec is self._moves:
-                record = total.add(result.update, device_stats)
-            else:
-                record = total.add_parts(self._sent([Part(0, result.update)]), device_stats)
-            outcome.add(device, record, result.loss)
+            sends_all = self._spec is self._moves
+            parts = [] if sends_all else self._sent([Part(0, result.update)])
+            add = partial(total.add, result.update) if sends_all else partial(total.add_parts, parts)
+            self._add(add, device, self._device_stats(total, text, result.loss, result.num_tokens), outcome)
+
+    @staticmethod
+    def _add(
+        add: Callable[[DeviceStats], ClipRecord], device: int, device_stats: DeviceStats, outcome: _TrainedDevices
+    ) -> None:
+        """Add a device to the sum; one whose text a side query fails on contributes zero, by itself."""
+        try:
+            record = add(device_stats)
+        except DataError as error:
+            outcome.fail(device, error)
+        else:
+            outcome.add(device, record, device_stats.loss)
 
     def _sent(self, parts: list[Part]) -> list[Part]:
         """Return what a device sends of its update."""
@@ -221,7 +231,7 @@ class DeviceHost:
             changed.scatter_blocks(self._blocks, broadcast.patch)
         else:
             return False
-        self._version = broadcast.to_version
+        self._version, self._opened = broadcast.to_version, b""  # a round is opened on the values that it starts from
         self._note_noise(broadcast)
         return True
 

@@ -20,7 +20,6 @@ from fedlm.pretraining.cache import base_folder, has_base
 from fedlm.pretraining.train import pretrain
 from fedlm.privacy.adaptive.allocation import groups_of
 from fedlm.privacy.plan import PrivacyPlan
-from fedlm.privacy.sampling.cohort_key import CohortKey
 from fedlm.registry import MECHANISMS
 from fedlm.strategies.contract import strategy_of
 from fedlm.trainable.build import Trainable, build_trainable
@@ -31,6 +30,7 @@ from server.cohort_key_file import stored_cohort_key
 from server.engine import Engine, Listener
 from server.participation import EveryDevice, Fleet
 from server.public_moments import PublicMoments, public_moments
+from server.round import check_switches
 from server.run_folder import CONFIG, PLAN, RunFolder
 from server.run_guarantee import run_guarantee
 
@@ -161,8 +161,11 @@ def ensure_base(config: Config, listener: Listener) -> None:
 
 def new_folder(path: Path, experiment: Experiment, trainable: Trainable) -> RunFolder:
     """Make the run folder: the last thing that can fail before the first round."""
-    strategy_of(experiment.config.strategy)
-    plan = plan_of(experiment, public_moments(experiment, trainable))
+    strategy, plan = strategy_of(experiment.config.strategy), plan_of(experiment, public_moments(experiment, trainable))
+    check_switches(strategy, trainable.spec, plan, has_canaries=experiment.canaries.count > 0)
     texts = {CONFIG: config_to_toml(experiment.config), PLAN: plan.to_json()}
-    secrets = {} if plan.reproducible_cohorts else {COHORT_KEY: CohortKey.fresh().to_text() + "\n"}
+    secrets = {}
+    if not plan.reproducible_cohorts:
+        assert plan.cohort_key is not None, "a new plan has a key"
+        secrets[COHORT_KEY] = plan.cohort_key.to_text() + "\n"
     return RunFolder.create(path, texts, bytes_needed=16 * trainable.spec.num_bytes, secrets=secrets)

@@ -15,7 +15,7 @@ from server.transport.exchange import ExchangeSpec
 
 
 class Broadcaster:
-    """Makes the orders of a run.
+    """Makes what the exchanges of a run share.
 
     Arguments:
         run: Names the run to the nodes.
@@ -27,11 +27,11 @@ class Broadcaster:
         self._run, self._spec, self._rounds = run, spec, rounds
 
     def training(self, opened: Round, state: ServerState) -> ExchangeSpec:
-        """Return the order to train for a round; `state` is that before it."""
+        """Return what messages that ask to train for a round share; `state` is that before it."""
         return self._exchange_spec("train", state, opened.noise_std, opened)
 
     def evaluation(self, state: ServerState) -> ExchangeSpec:
-        """Return the order to score the model of a state."""
+        """Return what messages that ask to score the model of a state share."""
         next_round = state.model.num_steps + 1
         return self._exchange_spec("evaluate", state, self._rounds.noise_std(next_round, state.privacy), None)
 

@@ -37,13 +37,13 @@ class Evaluation:
         """Tell whether the model after round t is scored; the base and the last one always are."""
         return t in (0, self._rounds) or (self._every > 0 and t % self._every == 0)
 
-    def score(self, order: ExchangeSpec) -> Score:
-        """Return the score of the model that an order makes known.
+    def score(self, exchange_spec: ExchangeSpec) -> Score:
+        """Return the score of the model that a broadcast makes known.
 
         Parts are added in a fixed order, so the figure does not depend on the workers.
         """
         parts: dict[int, Score] = {}
-        for index, reply in self._dispatcher.evaluate(order, self._requests, self._store, self._num_sums):
+        for index, reply in self._dispatcher.evaluate(exchange_spec, self._requests, self._store, self._num_sums):
             figures = asdict(reply)
             del figures["stale"]
             parts[index] = Score(**figures)

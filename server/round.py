@@ -30,7 +30,7 @@ class Round:
 
     Arguments:
         number: t, from 1.
-        participation: What becomes of each device of the cohort; it holds the cohort.
+        participation: What becomes of each device of the cohort; its task has the cohort.
         specs: What moves, what travels, what changes.
         clip: What the devices clip with.
         key: Of everything random that devices may know.
@@ -43,11 +43,6 @@ class Round:
     clip: ClipSpec
     key: bytes
     noise_std: float
-
-    @property
-    def cohort(self) -> RowIds:
-        """Sampled devices (U,), ascending."""
-        return self.participation.task.cohort
 
     @property
     def row_ids(self) -> RowIds:
@@ -66,9 +61,6 @@ class RoundOpener:
     Arguments:
         plan, strategy, experiment, fleet: Of the run.
         spec: Every block that the server may change.
-
-    Raises:
-        ConfigError: The strategy switches blocks on and off where mechanism or allocation cannot follow.
     """
 
     def __init__(
@@ -80,7 +72,6 @@ class RoundOpener:
         self._budget = device_budget(experiment.config)
         self._meter = DownloadMeter(spec, plan.fleet_size, plan.rounds)
         self._recent: dict[int, RoundSpecs] = {}
-        check_switches(strategy, spec, plan, has_canaries=experiment.canaries.count > 0)
 
     def first_state(self) -> AdaptiveState:
         """Return what the plan knows before round 1."""
@@ -95,13 +86,18 @@ class RoundOpener:
         specs = self.specs(t, state)
         clip = self._plan.clip_spec(state, specs.sends, t)
         key = round_key(self._experiment.config.seed, t)
-        return Round(t, self.count(t, state), specs, clip, key, self._plan.noise_std(clip))
+        return Round(t, self._participation(t, specs, clip), specs, clip, key, self._plan.noise_std(clip))
 
-    def count(self, t: int, state: AdaptiveState) -> RoundParticipation:
-        """Sample a round's cohort, see who takes part, and count its bytes; `state` is of this round or a later one."""
-        specs, cohort = self.specs(t, state), self._plan.sample_cohort(t)
+    def count(self, t: int, state: AdaptiveState) -> None:
+        """Count the devices and bytes of a round that is over; `state` is of a later one."""
+        specs = self.specs(t, state)
+        # Its clip norm is another; what devices send has the size that it had.
+        self._participation(t, specs, self._plan.clip_spec(state, specs.sends, t))
+
+    def _participation(self, t: int, specs: RoundSpecs, clip: ClipSpec) -> RoundParticipation:
+        """Sample a round's cohort, see who takes part, and count its bytes."""
+        cohort = self._plan.sample_cohort(t)
         self.ledger.record(t, cohort)
-        clip = self._plan.clip_spec(state, specs.sends, t)  # the number of its answers is that of every state
         encoded_bytes = clip.encoder.num_bytes if clip.encoder else 0
         bytes_down = self._meter.download(cohort, specs.moves)
         task = RoundTask(t, cohort, specs.sends, bytes_down, clip.num_answers, encoded_bytes)

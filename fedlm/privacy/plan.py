@@ -85,10 +85,8 @@ class PrivacyPlan(PlanParameters):
         if _token is not _TOKEN:
             raise TypeError("PrivacyPlan cannot be built directly; use PrivacyPlan.create or from_json")
         require_count("seed", self.seed, fix="set seed")
-        require_count("rounds", self.rounds, low=1)
-        require_count("fleet_size", self.fleet_size, low=1, fix=_NO_DEVICES)
         most = min(self.fleet_size, _largest_cohort(ClipSpec(self.clip_norm).capacity))
-        require_count("fleet.cohort", self.cohort, low=1, high=most, fix="lower fleet.cohort or add devices")
+        _require_fleet(self.rounds, self.fleet_size, self.cohort, most=most)
         _require_population(self.population, self.expected_cohort)
         require_number("privacy.delta", self.delta, low=subsampled_gaussian.MIN_DELTA, high=0.1)
         require_number("privacy.epsilon", self.epsilon_target, low=0)
@@ -153,9 +151,7 @@ class PrivacyPlan(PlanParameters):
             BudgetExceededError: Both are given and `rounds` releases cost more than epsilon.
         """
         population, expected = config.population or fleet_size, config.expected_cohort or cohort
-        require_count("rounds", rounds, low=1)
-        require_count("fleet_size", fleet_size, low=1, fix=_NO_DEVICES)
-        require_count("fleet.cohort", cohort, low=1, high=fleet_size, fix="lower fleet.cohort or add devices")
+        _require_fleet(rounds, fleet_size, cohort, most=fleet_size)
         _require_population(population, expected)
         mechanism = mechanism_of(config, rounds, population, expected, fleet_size // cohort, size)
         noise = noise_multiplier_of(config, mechanism) if config.enabled else 0.0
@@ -389,6 +385,12 @@ class PrivacyPlan(PlanParameters):
                 fix="set privacy.noise_multiplier = 0 to calibrate it, or privacy.epsilon = 0 to accept the cost",
             )
         return self
+
+
+def _require_fleet(rounds: int, fleet_size: int, cohort: int, *, most: int) -> None:
+    require_count("rounds", rounds, low=1)
+    require_count("fleet_size", fleet_size, low=1, fix=_NO_DEVICES)
+    require_count("fleet.cohort", cohort, low=1, high=most, fix="lower fleet.cohort or add devices")
 
 
 def _require_population(population: int, expected_cohort: int) -> None:

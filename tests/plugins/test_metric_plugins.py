@@ -74,6 +74,23 @@ DISTINCT = '''
         def value(self, seen):
             return len(np.unique(seen.device_stats.words))
 '''
+MOODY = '''
+    """A metric that fails on some devices' texts."""
+    from fedlm.privacy.dp_metrics import DPMetric
+
+
+    class Moody(DPMetric):
+        """Raises where the first word has an odd number."""
+
+        name = "moody"
+        bound = 1.0
+        wants_words = True
+
+        def value(self, seen):
+            if seen.device_stats.words[0] % 2:
+                raise ValueError("an odd text")
+            return 1.0
+'''
 RARE_KIND, LEAST = "evaluation.metrics=['rare_words:Rare', 'next_word_accuracy']", "evaluation.options.rare.least_id"
 DP_KIND, MOST = "privacy.metrics=['distinct_words:Distinct', 'num_tokens']", "privacy.metric_options.distinct.most"
 EXACT = ("privacy.epsilon=0", "privacy.noise_multiplier=1e-6", "privacy.sampler=fixed")
@@ -142,3 +159,21 @@ def test_the_options_of_a_dp_metric_are_checked(job: Job) -> None:
     assert "privacy.metrics = 'num_token' is unknown; did you mean 'num_tokens'?" in job.refusal(
         "privacy.metrics=['num_token']"
     )
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_dp_metric_that_fails_on_a_text_fails_that_device_alone(job: Job, group_size: int) -> None:
+    """A round must not be repeated, nor a run end, because of what a device's text is."""
+    job.write("moody", MOODY)
+    job.simulate("privacy.metrics=['moody:Moody']", *EXACT, f"execution.group_size={group_size}")
+    ledger = job.lines("ledger.jsonl")
+    store = Experiment.open(load_config(job.folder / "job.toml")).store
+    odd = {place for place, user in enumerate(store.users("train")) if store.tokens(int(user))[0] % 2}
+    failed = {line["device"] for line in ledger if line["event"] == "device_failed"}
+    assert failed
+    assert failed <= odd
+    assert all("ValueError: an odd text" in line["cause"] for line in ledger if line["event"] == "device_failed")
+    assert not [line for line in ledger if line["event"] == "work_lost"]
+    for line in ledger:
+        if line["event"] == "round":
+            assert line["trained"] + sum(line["failed"].values()) == line["sampled"]

@@ -15,10 +15,16 @@ from safetensors.numpy import load_file
 from tiny_private_runs import StoppedError, lines, quiet, stop_in
 
 from clients import app as client
+from clients.host import DeviceHost
+from clients.node_sum import NodeSum
+from fedlm.codec import to_text
 from fedlm.config.load import config_to_toml
 from fedlm.config.schema import Config
 from fedlm.errors import ConfigError
 from fedlm.experiment import Experiment
+from fedlm.messages import EMPTY_IDS, FROM_SCRATCH, Broadcast, EvaluateRequest, TrainRequest
+from fedlm.privacy import ClipSpec
+from fedlm.randomness import round_key
 from fedlm.strategies import Release, ServerOptimizer, Strategy, StrategyState, UpdateSpec, Vector
 from server import app as server
 from simulations.grids.inprocess import InProcessGrid
@@ -57,6 +63,13 @@ class Halving(Alternating):
             if block.kind == "lora_a":
                 block.view(state.values)[...] *= 0.5
         return super().step(state, release)
+
+
+class Resting(Halving):
+    """Devices train B alone, on the A that the server has halved."""
+
+    def moves(self, round_number: int, spec: UpdateSpec) -> tuple[str, ...]:
+        return self.sends(round_number, spec)
 
 
 class Silent(Halving):
@@ -157,6 +170,34 @@ def test_what_the_server_alone_changes_reaches_the_nodes(small: Make, tmp_path: 
     assert sent.size == base["lora_b"].size
 
 
+def test_a_node_opens_a_round_on_the_values_that_it_starts_from(small: Make) -> None:
+    """Another run of this seed has the same keys; what an evaluation of the first left in the model is not its base."""
+    config = small(*KEYS, kind_of(Resting))
+    server.ensure_base(config, quiet)
+    spec, base = (trainable := Experiment.open(config).trainable()).spec, trainable.initial_values()
+    resting, moving = ([b.name for b in spec.blocks if b.kind == kind] for kind in ("lora_a", "lora_b"))
+    users = Experiment.open(config).store.users("eval")[:1]
+
+    def broadcast(run: str, to_version: int, values: Vector) -> Broadcast:
+        rows = np.arange(300)
+        return Broadcast(
+            run, FROM_SCRATCH, to_version, [], EMPTY_IDS, values, moving, moving, rows, round_key(1, 1), 0.0
+        )
+
+    def trained(host: DeviceHost, run: str) -> np.ndarray:
+        request = TrainRequest(np.arange(3), np.array([3]), to_text(ClipSpec(0.3)), sum_name=run)
+        host.train(broadcast(run, 0, base), request, kept := NodeSum())
+        return kept.flush(run).total
+
+    other = base.copy()
+    for name in (*resting, *moving):
+        spec.views(other)[name][...] += 0.5
+    used, fresh = DeviceHost(config), DeviceHost(config)
+    trained(used, "first")
+    used.evaluate(broadcast("first", 1, other), EvaluateRequest(users))
+    assert np.array_equal(trained(used, "second"), trained(fresh, "second"))
+
+
 def test_a_server_that_changes_what_it_did_not_name_is_refused(small: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Silent\.step changed '.*lora_A.*', which its `changes` does not name"):
         simulate(small(*KEYS, kind_of(Silent)), tmp_path / "run", quiet)
@@ -175,6 +216,7 @@ def test_what_cannot_follow_the_switches_is_refused_before_any_round(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         simulate(small(*KEYS, kind_of(Alternating), *overrides), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_plan_says_what_the_rounds_cost_in_the_mean(config: Config, tmp_path: Path, capsys: Any) -> None:

@@ -182,7 +182,8 @@ class ClippedSum:
             What `add` returns; the norm may differ from that of the whole vector in the last bits of fp64.
 
         Raises:
-            DataError: Wrong types, overlapping parts, or parts outside the vector; nothing was added.
+            DataError: Wrong types, overlapping parts, parts outside the vector, or a side query that fails on this
+                device; nothing was added.
             ConfigError: More devices than the sum can hold; nothing was added.
         """
         total = self._live()
@@ -196,13 +197,16 @@ class ClippedSum:
         norm, limit = math.sqrt(math.fsum(squares)), self.clip_norm * (1 - _MARGIN)
         finite, clipped = all(self._fits(vector, norm) for vector in values), norm > limit
         encoder = self._clip_spec.encoder
+        # Answers come first: a query of somebody's own may fail, and must not leave half a device behind.
+        answers = self._answers(QueryInput(norm, self.clip_norm, group_squares, device_stats)) if finite else []
         fixed = np.zeros(encoder.size, np.int64) if encoder else total  # (P + Q,)
         self._num_devices += 1
         if finite:
             factor = (limit / norm if clipped else 1.0) * self._clip_spec.update_share / self._clip_spec.unit
             for part in parts:
                 part.add_to(fixed, (part.values.astype(np.float64) * factor).astype(np.int64))  # truncates toward zero
-            self._answer(fixed, QueryInput(norm, self.clip_norm, group_squares, device_stats))
+            for place, units in answers:
+                fixed[place] += units
         if encoder:
             self._accept(encoder.encode(fixed, encoder.device_generator(fixed)).view(np.int64))
         return ClipRecord(norm=norm, clipped=finite and clipped, finite=finite)
@@ -292,16 +296,17 @@ class ClippedSum:
             wanted = f"({', '.join(map(str, shape))},)" if len(shape) == 1 else f"(devices, {self._size})"
             raise DataError(f"update is {found}, must be a plain float32 array of shape {wanted}")
 
-    def _answer(self, vector: IntVector, seen: QueryInput) -> None:
-        """Add one device's answers to the side queries, each truncated toward zero within its share of the clip
-        norm."""
-        place = self._size
+    def _answers(self, seen: QueryInput) -> list[tuple[slice, IntVector]]:
+        """Return where one device's answers to the side queries lie and what they are, each truncated toward zero
+        within its share of the clip norm.
+        """
+        place, found = self._size, list[tuple[slice, IntVector]]()
         for side_query in self._clip_spec.side_queries:
             answer = answer_units(side_query, seen, self.clip_norm)  # (size,)
-            vector[place : place + side_query.size] += (answer * ((1 - _MARGIN) / self._clip_spec.unit)).astype(
-                np.int64
-            )
+            units = (answer * ((1 - _MARGIN) / self._clip_spec.unit)).astype(np.int64)
+            found.append((slice(place, place + side_query.size), units))
             place += side_query.size
+        return found
 
     def _squares(self, vector: FloatVector | IntVector) -> list[float]:
         """Return the sum of squares of each chunk, in fp64; not finite exactly where the chunk is not."""

@@ -25,6 +25,7 @@ import numpy as np
 from fedlm.codec import coded, union
 from fedlm.config.keys import typed_options
 from fedlm.config.schema import OptionValue, OptionValues
+from fedlm.errors import DataError
 from fedlm.privacy.clipping.query_input import Floats, QueryInput
 from fedlm.ranges import require_count, require_number
 from fedlm.registry import DP_METRICS
@@ -237,8 +238,17 @@ def answer_units(side_query: SideQuery, seen: QueryInput, clip_norm: float) -> F
     """Return a device's answer (size,) in units of the summed vector: L2 norm at most share * clip_norm.
 
     Edge cases: an answer that is not finite counts as zero; one beyond its bound is scaled back to it.
+
+    Raises:
+        DataError: The query fails on this device, or answers with other than `size` numbers.
     """
-    answer = side_query.answer(seen)
+    try:
+        answer = np.asarray(side_query.answer(seen), np.float64)
+    except Exception as error:  # a DP metric of somebody's own may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"the side query {side_query.name!r} fails on a device ({reason})") from error
+    if answer.shape != (side_query.size,):
+        raise DataError(f"the side query {side_query.name!r} answers {answer.shape}, must be ({side_query.size},)")
     norm = float(np.linalg.norm(answer))
     if not math.isfinite(norm):
         return np.zeros(side_query.size)

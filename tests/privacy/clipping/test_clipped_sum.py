@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,8 @@ from hypothesis.extra.numpy import arrays
 from fedlm.errors import BudgetExceededError, ConfigError, DataError
 from fedlm.privacy import ClippedSum, ClipSpec
 from fedlm.privacy.clipping.clipped_sum import new_sum
+from fedlm.privacy.clipping.query_input import DeviceStats, QueryInput
+from fedlm.privacy.clipping.side_queries import SideQuery
 from fedlm.privacy.noise.fixed_point import CAPACITY
 
 UNITS = 2**40
@@ -307,3 +311,28 @@ def test_arrays_that_are_added_at_once_count_as_their_sum_and_refused_ones_chang
     total._take()
     with pytest.raises(BudgetExceededError):
         total.add_arrays(vector, fields)
+
+
+@dataclass(frozen=True)
+class Failing(SideQuery):
+    """A query that answers some devices and not others."""
+
+    name: ClassVar[str] = "failing"
+    size: ClassVar[int] = 2
+    bound: ClassVar[float] = 1.0
+
+    def answer(self, seen: QueryInput) -> npt.NDArray[np.float64]:
+        if seen.device_stats.loss < 0:
+            raise ZeroDivisionError("no such device")
+        return np.ones(int(seen.device_stats.loss))
+
+
+@pytest.mark.parametrize("loss", [-1.0, 0.0, 1.0, 3.0])
+def test_a_device_that_a_query_fails_on_leaves_nothing_in_the_sum(loss: float) -> None:
+    total = new_sum(ClipSpec(0.3, None, (Failing(0.2),)), 5)
+    total.add(np.ones(5, np.float32), DeviceStats(loss=2.0))
+    before, num_devices = total.to_arrays()[0].copy(), total.num_devices
+    with pytest.raises(DataError, match="'failing'"):
+        total.add(np.ones(5, np.float32), DeviceStats(loss=loss))
+    assert np.array_equal(total.to_arrays()[0], before)
+    assert total.num_devices == num_devices == 1
